@@ -1,0 +1,99 @@
+"""Checkpoints of libvirt/QEMU virtual machines, with a history that survives.
+
+    with ckptmgr.connect("qemu:///system") as host:
+        domain = host.domain("web")
+        domain.create("before-upgrade")
+        print(domain.diff("before-upgrade").json())
+
+Everything is loaded when it is first used: importing the package imports neither libvirt nor lxml.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .align import DiskRequest, parse_disk_spec
+    from .checkpoint import EngineName, State
+    from .dirtymap import DirtyMap
+    from .errors import (
+        BitmapBroken,
+        Busy,
+        CheckpointExists,
+        CkptmgrError,
+        ConnectionFailed,
+        GuestAgentFailed,
+        InvalidDocument,
+        InvalidRequest,
+        NoCheckpoint,
+        NodeUnknown,
+        NoDomain,
+        OperationFailed,
+        ReadOnlyConnection,
+        StoreDamaged,
+        StoreFailed,
+        Unsupported,
+    )
+    from .manager import Domain, Host, connect
+    from .plan.steps import Plan
+    from .views import CheckpointView, DiffView, DiskDiff, DiskView, DomainView, ListView
+
+__all__ = [
+    "BitmapBroken",
+    "Busy",
+    "CheckpointExists",
+    "CheckpointView",
+    "CkptmgrError",
+    "ConnectionFailed",
+    "DiffView",
+    "DirtyMap",
+    "DiskDiff",
+    "DiskRequest",
+    "DiskView",
+    "Domain",
+    "DomainView",
+    "EngineName",
+    "GuestAgentFailed",
+    "Host",
+    "InvalidDocument",
+    "InvalidRequest",
+    "ListView",
+    "NoCheckpoint",
+    "NoDomain",
+    "NodeUnknown",
+    "OperationFailed",
+    "Plan",
+    "ReadOnlyConnection",
+    "State",
+    "StoreDamaged",
+    "StoreFailed",
+    "Unsupported",
+    "__version__",
+    "connect",
+    "parse_disk_spec",
+]
+
+_ELSEWHERE = {
+    ".align": ("DiskRequest", "parse_disk_spec"),
+    ".checkpoint": ("EngineName", "State"),
+    ".dirtymap": ("DirtyMap",),
+    ".manager": ("Domain", "Host", "connect"),
+    ".plan.steps": ("Plan",),
+    ".views": ("CheckpointView", "DiffView", "DiskDiff", "DiskView", "DomainView", "ListView"),
+}
+_MODULES = {name: module for module, names in _ELSEWHERE.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES.get(name, ".errors"), __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,116 @@
+"""A checkpoint and its disks, as recorded: data, no I/O and no XML."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .errors import InvalidRequest
+
+# libvirt's domaincheckpoint.rng allows these characters.  libvirt itself fails above 247 (its
+# temporary file "<name>.xml.new" exceeds NAME_MAX after the bitmaps are made); 200 leaves room
+# for the suffixes of other tools.
+NAME_PATTERN = re.compile(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*")
+NAME_MAX = 200
+
+
+class EngineName(StrEnum):
+    """Who makes and removes the bitmaps."""
+
+    LIBVIRT = "libvirt"
+    MONITOR = "monitor"
+    OFFLINE = "offline"
+
+
+class State(StrEnum):
+    """What became of a checkpoint's bitmap on one disk."""
+
+    RECORDING = "recording"
+    """the bitmap is there and records: "since this checkpoint until now" is exact"""
+    FROZEN = "frozen"
+    """the bitmap is there but no longer records"""
+    ARCHIVED = "archived"
+    """the bitmap was let go of; the closed intervals are in the store"""
+    BROKEN = "broken"
+    """the bitmap should be there and is missing or inconsistent"""
+    NONE = "none"
+    """the checkpoint does not track this disk"""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The interval of one disk that a checkpoint ends.
+
+    since -- the checkpoint that starts it: the nearest ancestor that tracks the disk
+    map -- digest of the dirty map in the store, None if unknown
+    reason -- why it is unknown
+    """
+
+    since: str
+    map: str | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointDisk:
+    """One disk of a checkpoint.
+
+    name -- the disk's target, ``vda``
+    bitmap -- name of the dirty bitmap that starts here; None: the disk is not tracked
+    granularity -- of that bitmap, in bytes; None where it could not be learnt
+    node -- block node that got the bitmap; None for an inactive domain
+    persistent -- the bitmap is kept in the image (False: it lives as long as QEMU does)
+    size -- virtual size in bytes when the checkpoint was made
+    source -- path or URI of the disk's top image then
+    state -- as last recorded in the store; what is really there may differ
+    reason -- why the disk is not tracked, for people
+    interval -- what changed since the last checkpoint that tracks this disk, if there is one
+    """
+
+    name: str
+    bitmap: str | None = None
+    granularity: int | None = None
+    node: str | None = None
+    persistent: bool = True
+    size: int | None = None
+    source: str | None = None
+    state: State = State.NONE
+    reason: str | None = None
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One point in time of one domain.
+
+    created -- seconds since the epoch, as libvirt's creationTime
+    parent -- name of the checkpoint it was made after; None for a root
+    domain_xml -- the domain's inactive definition at that time
+    """
+
+    name: str
+    created: int
+    parent: str | None
+    engine: EngineName
+    disks: tuple[CheckpointDisk, ...]
+    description: str | None = None
+    domain_xml: str | None = None
+
+    def disk(self, name: str) -> CheckpointDisk | None:
+        """The disk with target `name`, or None."""
+        return next((disk for disk in self.disks if disk.name == name), None)
+
+
+def check_name(name: str) -> str:
+    """Return `name` if libvirt's schema takes it as a checkpoint's name.
+
+    Raises InvalidRequest, with the rule, if not.
+    """
+    if len(name) <= NAME_MAX and NAME_PATTERN.fullmatch(name):
+        return name
+    shown = name if len(name) <= 40 else name[:40] + "…"
+    raise InvalidRequest(
+        f"{shown!r} cannot be the name of a checkpoint",
+        hint=f"use 1 to {NAME_MAX} of the characters a-z A-Z 0-9 _ - and, not first, a dot",
+    )

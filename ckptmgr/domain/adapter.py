@@ -1,0 +1,460 @@
+"""DomainAdapter: the one place that knows libvirt's domain."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Driver
+from ..errors import CkptmgrError, GuestAgentFailed, NodeUnknown, OperationFailed, Unsupported
+from ..xml import parse
+from . import agent, images, nodes, support
+from .binding import libvirt
+from .bitmaps import parse_layers
+from .definition import without_secrets
+from .disk import Disk, DiskLayers, Image, Layer
+from .disks import parse_capabilities, parse_disks
+from .failure import translate
+from .marker import Marker, read_marker, write_marker
+from .monitor import CommandFailed, Monitor
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+log = logging.getLogger("ckptmgr")
+
+_AGENT_CHANNEL = "org.qemu.guest_agent.0"
+# VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK: what libvirt starts every domain with.
+_AGENT_WAITS = -2
+
+
+class DomainAdapter:
+    """One domain: what it has and what it says; nothing is decided here.
+
+    Every call asks libvirt anew.  All raise what `translate` makes of libvirt's errors.
+
+    handle -- the virDomain
+    connection -- the connection it was looked up on
+    """
+
+    def __init__(self, connection: Connection, handle: Any) -> None:
+        self.connection = connection
+        self.handle = handle
+        self.monitor = Monitor(handle, self.name, self.uuid)
+
+    @property
+    def name(self) -> str:
+        """The domain's name."""
+        name: str = self.handle.name()
+        return name
+
+    @property
+    def uuid(self) -> str:
+        """The domain's UUID, in lower case with dashes."""
+        uuid: str = self.handle.UUIDString()
+        return uuid
+
+    def active(self) -> bool:
+        """Whether the domain runs (or is paused)."""
+        with translate("asking whether it runs", self.name):
+            return bool(self.handle.isActive())
+
+    def persistent(self) -> bool:
+        """Whether libvirt keeps the domain's definition when it stops."""
+        with translate("asking whether it is persistent", self.name):
+            return bool(self.handle.isPersistent())
+
+    # --- what the XML says -------------------------------------------------------------------
+
+    def _xml(self, flags: int = 0) -> str:
+        with translate("reading the XML", self.name):
+            text: str = self.handle.XMLDesc(flags)
+        return text
+
+    def definition(self, *, secure: bool = False) -> str:
+        """The domain as the next start or a migration would take it.
+
+        Of a running domain it is the inactive form of the *live* definition, as in libvirt's
+        own checkpoints, so that it has the disks that the checkpoint has.
+
+        secure -- with graphics passwords and the like; only for a place that is private
+        """
+        flags: int = libvirt.VIR_DOMAIN_XML_MIGRATABLE  # implies INACTIVE's form and SECURE
+        if not self.active():
+            flags |= libvirt.VIR_DOMAIN_XML_INACTIVE
+        if self.connection.read_only and not secure:
+            # MIGRATABLE is refused here, because of the secrets.
+            flags = libvirt.VIR_DOMAIN_XML_INACTIVE
+        text = self._xml(flags)
+        return text if secure else without_secrets(text)
+
+    def disks(self) -> tuple[Disk, ...]:
+        """The domain's disks in its order: the live ones while it runs.
+
+        qcow2 headers and sizes are filled in where the images can be asked, and for an inactive
+        domain the backing chain, if they are on this machine.
+        """
+        active = self.active()
+        text = self._xml(0 if active else libvirt.VIR_DOMAIN_XML_INACTIVE)
+        return tuple(self._filled(disk, active) for disk in parse_disks(text))
+
+    def _filled(self, disk: Disk, active: bool) -> Disk:
+        if disk.empty:
+            return disk
+        disk = replace(disk, chain=tuple(self._resolved(image) for image in disk.chain))
+        if self.connection.local:
+            if not active and not disk.chain_known:
+                disk = self._with_chain(disk)
+            described = [_described(image) for image in disk.chain]
+            size = described[0][1]
+            disk = replace(disk, chain=tuple(image for image, _ in described), size=size)
+        if disk.size is None:
+            disk = replace(disk, size=self._capacity(disk))
+        return disk
+
+    def _resolved(self, image: Image) -> Image:
+        """A volume with the path that its pool gives it."""
+        if image.type != "volume" or image.path is not None:
+            return image
+        pool, _, volume = image.source.removeprefix("volume:").partition("/")
+        try:
+            path = (
+                self.connection.handle.storagePoolLookupByName(pool)
+                .storageVolLookupByName(volume)
+                .path()
+            )
+        except libvirt.libvirtError as error:
+            log.info("volume %s of pool %s has no path: %s", volume, pool, error)
+            return image
+        return replace(image, path=path) if path.startswith("/") else image
+
+    def _with_chain(self, disk: Disk) -> Disk:
+        """The disk of an inactive domain with the backing chain that its image names."""
+        top = disk.top
+        if top.path is None or top.format is None:
+            return disk
+        try:
+            if top.format == "qcow2":
+                header = images.read_header(top.path)
+                if header is not None and header.backing_file is None:
+                    return replace(disk, chain_known=True)
+            layers = images.read_chain(top.path, top.format)
+        except (OSError, OperationFailed) as error:
+            log.info("disk %s: the backing chain is not known: %s", disk.target, error)
+            return disk
+        below = tuple(_image(layer) for layer in layers[len(disk.chain) :])
+        return replace(disk, chain=disk.chain + below, chain_known=True)
+
+    def _capacity(self, disk: Disk) -> int | None:
+        try:
+            capacity: int = self.handle.blockInfo(disk.target)[0]
+        except libvirt.libvirtError as error:
+            log.info("disk %s: the size is not known: %s", disk.target, error)
+            return None
+        # libvirt says 0 where it could not ask (an inactive domain's network disk).
+        return capacity or None
+
+    # --- blockdev, nodes and bitmaps ---------------------------------------------------------
+
+    def _require_active(self, what: str) -> None:
+        if not self.active():
+            raise OperationFailed(
+                f"domain {self.name!r} is not running: {what}", hint="start the domain"
+            )
+
+    def on_blockdev(self) -> bool:
+        """Whether the running domain's disks are on -blockdev, as its XML tells; QEMU is asked
+        (through the monitor) only where the XML does not.
+        """
+        self._require_active("there is no QEMU to ask about its disks")
+        return self._on_blockdev(parse_disks(self._xml()))
+
+    def _on_blockdev(self, disks: tuple[Disk, ...]) -> bool:
+        told = nodes.on_blockdev(disks)
+        if told is None:
+            blocks = self.monitor.command("query-block")
+            with self._named():
+                told = nodes.on_blockdev(disks, blocks)
+        return bool(told)
+
+    def backup_support(self) -> tuple[bool, str]:
+        """Whether libvirt's checkpoint and backup APIs work for this domain, and why (not)."""
+        text = self._xml(0 if self.active() else libvirt.VIR_DOMAIN_XML_INACTIVE)
+        machine = support.parse_machine(text)
+        with translate("asking for the domain capabilities", self.name):
+            capabilities = self.connection.handle.getDomainCapabilities(
+                machine.emulator, machine.arch, machine.machine, machine.virt_type
+            )
+        added, deleted = parse_capabilities(text)
+        blockdev = nodes.on_blockdev(parse_disks(text)) if self.active() else None
+        feature = support.parse_backup_feature(capabilities)
+        return support.backup_support(feature, added, deleted, blockdev)
+
+    def nodes(self, targets: Collection[str] | None = None) -> dict[str, tuple[str, ...]]:
+        """The node names of each layer, top first, by target; through the monitor.
+
+        targets -- the disks asked for; None: every disk that has nodes
+
+        Raises NodeUnknown for a disk whose nodes cannot be told for certain.
+        """
+        self._require_active("its disks have no block nodes")
+        return self._nodes_and_reports(self._with_paths(), targets)[0]
+
+    def layers(self, targets: Collection[str] | None = None) -> tuple[DiskLayers, ...]:
+        """The backing chains with their dirty bitmaps, of the disks that have an image.
+
+        Running: as QEMU has them now, through the monitor.  Inactive: as the images have them;
+        a disk whose images are not on this machine has no layers here.
+
+        targets -- the disks asked for; None: all
+        """
+        if self.active():
+            disks = self._with_paths()
+            found, named = self._nodes_and_reports(disks, targets)
+            with self._named():
+                return parse_layers(disks, found, named)
+        return tuple(
+            DiskLayers(disk.target, self._image_layers(disk))
+            for disk in self.disks()
+            if not disk.empty and (targets is None or disk.target in targets)
+        )
+
+    def _with_paths(self) -> tuple[Disk, ...]:
+        """The live disks, without asking their images."""
+        return tuple(
+            replace(disk, chain=tuple(self._resolved(image) for image in disk.chain))
+            for disk in parse_disks(self._xml())
+        )
+
+    def _nodes_and_reports(
+        self, disks: tuple[Disk, ...], targets: Collection[str] | None
+    ) -> tuple[dict[str, tuple[str, ...]], list[dict[str, Any]]]:
+        chosen = [
+            disk
+            for disk in disks
+            if nodes.has_node(disk) and (targets is None or disk.target in targets)
+        ]
+        if not chosen:
+            return {}, []
+        if self._on_blockdev(disks):
+            named = self._query_nodes()
+            if targets is None:  # sd cards are on -drive: told only if asked for
+                chosen = [disk for disk in chosen if disk.bus != "sd"]
+            with self._named():
+                return nodes.assigned_nodes(chosen, named), named
+        blocks = self.monitor.command("query-block")
+        stats = self.monitor.command("query-blockstats")
+        named = self._query_nodes()
+        wanted = [disk.target for disk in chosen]
+        same = _same_file if self.connection.local else nodes.same_text
+        with self._named():
+            found = nodes.detect_nodes(disks, blocks, stats, named, wanted=wanted, same=same)
+        return found, named
+
+    def _query_nodes(self) -> list[dict[str, Any]]:
+        try:
+            answer = self.monitor.command("query-named-block-nodes", flat=True)
+        except CommandFailed as error:
+            if "flat" not in error.description:  # QEMU before 5.0
+                raise
+            answer = self.monitor.command("query-named-block-nodes")
+        found: list[dict[str, Any]] = answer
+        return found
+
+    def _image_layers(self, disk: Disk) -> tuple[Layer, ...]:
+        if not self.connection.local or disk.top.path is None:
+            return ()
+        try:
+            layers = images.read_chain(disk.top.path, disk.top.format or "raw")
+        except OperationFailed as error:
+            if disk.read_only:
+                return ()
+            raise OperationFailed(
+                f"domain {self.name!r}: disk {disk.target}: {error.message}", hint=error.hint
+            ) from error
+        if len(layers) != len(disk.chain):
+            return layers
+        return tuple(
+            replace(layer, image=image.source)
+            for layer, image in zip(layers, disk.chain, strict=True)
+        )
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Put the domain's name before the message of a pure function's error."""
+        try:
+            yield
+        except (NodeUnknown, OperationFailed) as error:
+            error.message = f"domain {self.name!r}: {error.message}"
+            raise
+
+    # --- marker, agent, folders --------------------------------------------------------------
+
+    def marker(self) -> Marker | None:
+        """The marker in the domain's metadata, None if there is none."""
+        return read_marker(self.handle, self.name)
+
+    def set_marker(self, marker: Marker | None) -> None:
+        """Set the marker, live and in the configuration as the domain has them; None removes."""
+        write_marker(self.handle, self.name, marker)
+
+    @contextmanager
+    def frozen(self, timeout: float) -> Iterator[None]:
+        """Run the block with the guest's file systems frozen.  See `agent.frozen`.
+
+        timeout -- seconds that freezing may take, and that the file systems may stay frozen
+
+        Raises GuestAgentFailed.  It sets the domain's agent timeout, and then libvirt's default.
+        """
+        self._require_agent()
+        seconds = max(1, math.ceil(timeout))
+
+        def freeze() -> None:
+            with translate("freezing the file systems", self.name):
+                self.handle.fsFreeze()
+
+        def thaw() -> None:
+            with translate("thawing the file systems", self.name):
+                self.handle.fsThaw()
+
+        with translate("setting the agent's timeout", self.name):
+            self.handle.agentSetResponseTimeout(seconds)
+        try:
+            with agent.frozen(freeze, thaw, domain=self.name, timeout=timeout):
+                yield
+        finally:
+            self._agent_waits_again()
+
+    def _agent_waits_again(self) -> None:
+        """Best effort, and nothing is lost without it: must not hide what went before."""
+        try:
+            with translate("resetting the agent's timeout", self.name):
+                self.handle.agentSetResponseTimeout(_AGENT_WAITS)
+        except CkptmgrError as error:
+            log.info("%s", error)
+
+    def _require_agent(self) -> None:
+        hint = "install and start qemu-guest-agent in the guest, or leave --quiesce out"
+        if not self.active():
+            raise GuestAgentFailed(f"domain {self.name!r} is not running: nothing to freeze")
+        root = parse(self._xml(), what="the domain's XML")
+        for target in root.iterfind("devices/channel/target"):
+            if target.get("name") == _AGENT_CHANNEL:
+                if target.get("state") == "connected":
+                    return
+                raise GuestAgentFailed(
+                    f"the guest agent of domain {self.name!r} is not connected", hint=hint
+                )
+        raise GuestAgentFailed(
+            f"domain {self.name!r} has no guest agent channel ({_AGENT_CHANNEL})",
+            hint="add the channel to the domain; " + hint,
+        )
+
+    def runtime_directory(self, override: Path | None = None) -> Path:
+        """The folder where this domain's QEMU may bind a unix socket that we can connect to.
+
+        libvirt's own ``domain-<id>-<short name>``, which security policies allow QEMU to write:
+        ``ROOT/lib/qemu`` (embedded), ``/var/lib/libvirt/qemu`` (system), or
+        ``$XDG_CONFIG_HOME/libvirt/qemu/lib`` (session).  libvirt has ``monitor.sock`` there, so
+        a name of up to 12 characters fits into a socket's address.
+
+        override -- take this folder instead, as in the settings
+
+        Raises Unsupported, with the reason, where there is none.
+        """
+        if not self.connection.local:
+            raise Unsupported(
+                f"domain {self.name!r} runs on another machine: its QEMU's sockets are there",
+                hint="run ckptmgr on the hypervisor",
+            )
+        hint = "set socket_directory in ckptmgr.toml to a folder that QEMU may write"
+        if override is not None:
+            return self._accessible(override, hint)
+        if self.connection.location.socket is not None:
+            raise Unsupported(
+                f"{self.connection.uri} names a socket of its own, so it cannot be told where that "
+                "libvirt keeps its folders",
+                hint=hint,
+            )
+        self._require_active("it has no folder for sockets")
+        with translate("asking for the id", self.name):
+            number = self.handle.ID()
+        base = self._lib_directory()
+        try:
+            found = [
+                entry for entry in base.iterdir() if entry.name.startswith(f"domain-{number}-")
+            ]
+        except OSError as error:
+            raise Unsupported(f"{base} cannot be read: {error.strerror}", hint=hint) from error
+        if len(found) != 1:
+            raise Unsupported(f"{base} has no folder of domain {self.name!r}", hint=hint)
+        return self._accessible(found[0], hint)
+
+    def _lib_directory(self) -> Path:
+        location = self.connection.location
+        if location.driver is Driver.EMBEDDED and location.root is not None:
+            return location.root / "lib" / "qemu"
+        if location.driver is Driver.SESSION:
+            configured = os.environ.get("XDG_CONFIG_HOME", "")
+            base = Path(configured) if configured.startswith("/") else Path.home() / ".config"
+            return base / "libvirt" / "qemu" / "lib"
+        return Path("/var/lib/libvirt/qemu")
+
+    def _accessible(self, folder: Path, hint: str) -> Path:
+        if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+            raise Unsupported(
+                f"{folder}, for sockets of domain {self.name!r}, is no folder that can be entered",
+                hint=hint,
+            )
+        return folder
+
+
+def _described(image: Image) -> tuple[Image, int | None]:
+    """A local image with what its qcow2 header says, and its virtual size.
+
+    That spares a call of libvirt's for each disk, which in turn asks QEMU.
+    """
+    if image.path is None or image.format not in ("qcow2", "raw"):
+        return image, None
+    try:
+        if image.format == "raw":
+            return image, image.slice_size or images.raw_size(image.path)
+        header = images.read_header(image.path)
+    except OSError as error:
+        log.info("%s cannot be read: %s", image.path, error)
+        return image, None
+    if header is None:
+        return image, None
+    data_file = image.data_file
+    if data_file is None and header.has_data_file:
+        named = header.data_file or "(external data file)"
+        data_file = str(Path(image.path).parent / named)
+    described = replace(
+        image,
+        data_file=data_file,
+        qcow2_version=header.version,
+        cluster_size=header.cluster_size,
+    )
+    return described, header.size
+
+
+def _image(layer: Layer) -> Image:
+    """A layer that qemu-img found, as an image of a chain."""
+    path = nodes.local_path(layer.image)
+    kind = "file" if path is None or not Path(path).is_block_device() else "block"
+    return Image(
+        type="network" if path is None else kind,
+        source=path or layer.image,
+        path=path,
+        format=layer.format,
+    )
+
+
+def _same_file(one: str, other: str) -> bool:
+    return nodes.same_text(one, other) or os.path.realpath(one) == os.path.realpath(other)

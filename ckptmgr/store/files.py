@@ -1,0 +1,200 @@
+"""The only module that changes the disk: a few whole-file operations.
+
+What is durable when:
+
+- `write` returns: the file has its new content, whatever happens.  Interrupted before that, it
+  has all of the old or all of the new content, and maybe a temporary file lies beside it.
+- `remove` and `make_folder` return: the name is gone, or there, whatever happens.
+
+The functions with an underscore are single system calls, for tests to record and to fail.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import StoreDamaged, StoreFailed
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+"""Names of temporary files; no checkpoint's name starts with a dot."""
+
+_READ_AT_ONCE = 1 << 18
+
+_ELSEWHERE = "choose another directory with --store or CKPTMGR_STORE"
+_HINTS = {
+    errno.EACCES: f"run as the user that it belongs to, or {_ELSEWHERE}",
+    errno.EPERM: f"run as the user that it belongs to, or {_ELSEWHERE}",
+    errno.EROFS: f"its file system is read-only; {_ELSEWHERE}",
+    errno.ENOSPC: f"free some space on its file system, or {_ELSEWHERE}",
+    errno.EDQUOT: f"free some space within the quota, or {_ELSEWHERE}",
+}
+
+
+@contextmanager
+def failing(path: Path, what: str) -> Iterator[None]:
+    """Turn an OSError of what is done to `path` into StoreFailed; `what`: "cannot be written"."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or errno.EIO
+        raise StoreFailed(
+            f"{path} {what}: {os.strerror(number)}",
+            hint=_HINTS.get(number, f"check the file system of {path}"),
+        ) from error
+
+
+def write(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Give `path` the content `data`, mode 0600.
+
+    Without `sync`, it is durable only after `sync_folder` on its folder.  Raises StoreFailed.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with failing(path, "cannot be written"):
+        try:
+            descriptor = _create(temporary)
+            try:
+                _write(descriptor, data)
+                # Before the rename: file systems may order the two the other way round.
+                _fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            _rename(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                _unlink(temporary)
+            raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file that may be missing.  Raises StoreFailed."""
+    with failing(path, "cannot be removed"), suppress(FileNotFoundError):
+        _unlink(path)
+    sync_folder(path.parent)
+
+
+def move(old: Path, new: Path) -> None:
+    """Give a file another name in its folder.  Raises StoreFailed."""
+    with failing(old, "cannot be renamed"):
+        _rename(old, new)
+    sync_folder(new.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of mode 0700, and those above it that are missing.  Raises StoreFailed."""
+    missing = []
+    above = path
+    with failing(path, "cannot be made"):
+        while not os.path.lexists(above):
+            missing.append(above)
+            above = above.parent
+    for folder in reversed(missing):
+        with failing(folder, "cannot be made"), suppress(FileExistsError):  # just now
+            _mkdir(folder)
+        sync_folder(folder.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable.  Raises StoreFailed."""
+    with failing(path, "cannot be written"):
+        _fsync_folder(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether the folder is there; anything else under its name is refused.
+
+    A link could lead our files anywhere, and in a folder of somebody else's they are not ours.
+    Raises StoreFailed.
+    """
+    with failing(path, "cannot be read"):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            return False
+    if not stat.S_ISDIR(found.st_mode):
+        kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "a file"
+        raise StoreFailed(f"{path} is {kind}, not a folder", hint="move it away")
+    if found.st_uid not in (0, os.geteuid()):
+        raise StoreFailed(
+            f"{path} belongs to another user (uid {found.st_uid})",
+            hint=f"run as that user, or {_ELSEWHERE}",
+        )
+    return True
+
+
+def read(path: Path) -> bytes:
+    """The content of a regular file.  Raises OSError, and StoreDamaged for anything else."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise StoreDamaged(f"{path} is a symbolic link") from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise StoreDamaged(f"{path} is not a regular file")
+        parts = []
+        while part := os.read(descriptor, _READ_AT_ONCE):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of the lock file, made if missing.  Raises StoreFailed."""
+    with failing(path, "cannot be opened"):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def write_holder(lock: int, holder: str) -> None:
+    """Say in the lock file who holds it: for messages alone, so failures do not matter."""
+    with suppress(OSError):
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, holder.encode(), 0)
+
+
+# --- system calls ----------------------------------------------------------------------------
+
+
+def _create(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, 0o600)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _fsync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _rename(old: Path, new: Path) -> None:
+    old.rename(new)
+
+
+def _unlink(path: Path) -> None:
+    path.unlink()
+
+
+def _mkdir(path: Path) -> None:
+    path.mkdir(mode=0o700)
+
+
+def _fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,12 @@
+"""The unit tests need neither libvirt nor QEMU."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# The CI machine is slow and shared: no deadline there, and the same examples in every run.
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("default", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -1,0 +1,19 @@
+"""The command line: ``ckptmgr``.  What it promises is written in ``docs/cli.md``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command in `arguments` (default: the process's) and return its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:  # asked for by scripts, so not worth loading a parser
+        from .._version import __version__
+
+        print(f"ckptmgr {__version__}")
+        return 0
+    from .program import run
+
+    return run(words)

@@ -1,0 +1,139 @@
+"""The program: its commands, and how one is run."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import click
+from click.core import augment_usage_errors
+
+from .._version import __version__
+from ..errors import CkptmgrError
+from . import checkpoints, completion, diff
+from .answer import Answer, OutputClosed, print_answer
+from .failure import Interrupted, Usage, abandon_output, failure, report
+from .session import Session, global_options
+
+# What virsh calls them, where it is not just "checkpoint-" and our name.
+_VIRSH = {
+    "checkpoint-create-as": "create",
+    "checkpoint-dumpxml": "show --xml",
+    "checkpoint-edit": "redefine",
+    "checkpoint-info": "show",
+}
+
+
+class Program(click.Group):
+    """The group of all commands, in the order in which they were added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands."""
+        return list(self.commands)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; every usage error knows its command (click's parser forgets it for some)."""
+        with augment_usage_errors(ctx):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; where there is none, say what it may be called here."""
+        name = args[0]
+        if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
+            raise Usage(f"there is no command {name!r}", ctx, hint=self._suggestion(name))
+        return super().resolve_command(ctx, args)
+
+    def _suggestion(self, name: str) -> str:
+        meant = _VIRSH.get(name) or name.removeprefix("checkpoint-")
+        if meant.split()[:1] not in [[command] for command in self.commands]:
+            meant = next(iter(difflib.get_close_matches(meant, self.commands, 1)), "")
+        return f"did you mean 'ckptmgr {meant}'?" if meant else "'ckptmgr --help' lists them"
+
+
+@click.group(
+    "ckptmgr",
+    cls=Program,
+    no_args_is_help=False,
+    subcommand_metavar="COMMAND [ARGUMENTS]",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="ckptmgr", message="%(prog)s %(version)s")
+def program() -> None:
+    """Checkpoints of libvirt/QEMU virtual machines, with a history that survives.
+
+    DOMAIN is the name, UUID or id of a domain, C the name of one of its checkpoints.
+    """
+
+
+program.params[:0] = global_options()
+for _module in (checkpoints, diff, completion):
+    for _command in _module.COMMANDS:
+        program.add_command(_command)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command in `arguments` and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name must not fail to print
+            stream.reconfigure(errors="backslashreplace")
+    instruction = os.environ.get(completion.VARIABLE)
+    if instruction:
+        return completion.answer_shell(program, instruction)
+
+    session = Session()
+    try:
+        with _signals_raise():
+            answer = _invoke(arguments, session)
+        if isinstance(answer, int):
+            return answer
+        print_answer(answer, as_json=session.json)
+    except OutputClosed:
+        return abandon_output()
+    except click.UsageError as error:
+        # --json may stand behind what could not be understood.
+        return report(failure(error), as_json=session.json or _asks_for_json(arguments))
+    except (CkptmgrError, click.ClickException, OSError, ModuleNotFoundError) as error:
+        return report(failure(error), as_json=session.json)
+    except (KeyboardInterrupt, click.Abort) as error:
+        return report(failure(error), as_json=session.json)
+    return answer.status
+
+
+def _invoke(arguments: Sequence[str], session: Session) -> Answer | int:
+    try:
+        with program.make_context("ckptmgr", list(arguments), obj=session) as context:
+            answer: Answer = program.invoke(context)
+            return answer
+    except click.exceptions.Exit as done:  # --help and --version have printed already
+        return done.exit_code
+
+
+def _asks_for_json(arguments: Sequence[str]) -> bool:
+    words = list(arguments)
+    return "--json" in (words[: words.index("--")] if "--" in words else words)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP raise Interrupted, so that what is under way is undone and closed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP; so do we
+            before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

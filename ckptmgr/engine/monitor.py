@@ -1,0 +1,203 @@
+"""Execution of steps through QEMU's monitor."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket as sockets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import EngineName
+from ..domain.adapter import DomainAdapter
+from ..domain.monitor import CommandFailed
+from ..errors import (
+    BitmapBroken,
+    Busy,
+    CheckpointExists,
+    CkptmgrError,
+    OperationFailed,
+    Unsupported,
+)
+from ..plan.steps import (
+    BitmapRef,
+    BitmapsRemove,
+    NbdExport,
+    NbdStart,
+    NbdStop,
+    Quiesced,
+    ReadMaps,
+    Step,
+    Transaction,
+)
+from .base import Outcome, run_steps
+from .libvirt import LibvirtEngine, quiesced, read_maps
+
+log = logging.getLogger("ckptmgr")
+
+EXPORT_PREFIX = "ckptmgr-"
+"""Starts the ids of our block exports."""
+
+
+class MonitorEngine:
+    """QMP of one running domain; what concerns libvirt's metadata goes through its API."""
+
+    name = EngineName.MONITOR
+
+    def __init__(self, adapter: DomainAdapter) -> None:
+        self.adapter = adapter
+        self._libvirt = LibvirtEngine(adapter)
+
+    def run(self, steps: Sequence[Step]) -> Outcome:
+        """Execute `steps`; see `Engine`."""
+        return run_steps(self.name, steps, self.perform)
+
+    def perform(self, step: Step, outcome: Outcome) -> None:
+        """Execute one step."""
+        match step:
+            case Transaction():
+                self._command("transaction", actions=list(step.actions))
+            case BitmapsRemove():
+                self._remove(step)
+            case NbdStart():
+                address = {"type": "unix", "data": {"path": step.socket}}
+                self._command("nbd-server-start", addr=address)
+            case NbdExport():
+                self._export(step)
+            case NbdStop():
+                self._stop(step)
+            case ReadMaps():
+                read_maps(step, outcome)
+            case Quiesced():
+                quiesced(self.adapter, step, lambda inner: self.perform(inner, outcome))
+            case _:
+                self._libvirt.perform(step, outcome)
+
+    def _command(self, execute: str, /, **arguments: Any) -> Any:
+        try:
+            return self.adapter.monitor.command(execute, **arguments)
+        except CommandFailed as error:
+            raise refusal(error) from error
+
+    def _nodes(self) -> dict[str, dict[str, Any]]:
+        nodes = self._command("query-named-block-nodes", flat=True)
+        return {node["node-name"]: node for node in nodes}
+
+    # --- bitmaps ---
+
+    def _remove(self, step: BitmapsRemove) -> None:
+        wanted = step.bitmaps
+        if step.missing_ok:
+            found = {
+                (name, bitmap.get("name"))
+                for name, node in self._nodes().items()
+                for bitmap in node.get("dirty-bitmaps", ())
+            }
+            wanted = tuple(ref for ref in wanted if (ref.node, ref.name) in found)
+        if not wanted:
+            return
+        actions = [
+            {"type": "block-dirty-bitmap-remove", "data": {"node": ref.node, "name": ref.name}}
+            for ref in wanted
+        ]
+        with self._writable({ref.node: ref for ref in wanted if ref.read_only}):
+            self._command("transaction", actions=actions)
+
+    @contextlib.contextmanager
+    def _writable(self, nodes: dict[str, BitmapRef]) -> Iterator[None]:
+        """Read-only nodes made writable for a while.
+
+        QEMU refuses to remove the bitmap of a read-only node.  QMP's blockdev-reopen would reset
+        every option that it is not told, and QMP does not tell them all (discard, for one); HMP's
+        ``qemu-io NODE "reopen -w"`` keeps them.  The storage below follows by itself: libvirt
+        opens it with auto-read-only, and without -blockdev it inherits from its node.
+        """
+        reopened: list[str] = []
+        try:
+            for node, ref in nodes.items():
+                said = self.adapter.monitor.hmp(f'qemu-io {node} "reopen -w"').strip()
+                if said or self._nodes()[node]["ro"]:
+                    raise _not_writable(ref, said)
+                reopened.append(node)
+            yield
+        finally:
+            for node in reversed(reopened):
+                self._restore(node)
+
+    def _restore(self, node: str) -> None:
+        try:
+            said = self.adapter.monitor.hmp(f'qemu-io {node} "reopen -r"').strip()
+        except CkptmgrError as error:
+            said = str(error)
+        if said:
+            log.warning(
+                "domain %r: block node %s is left writable: %s", self.adapter.name, node, said
+            )
+
+    # --- NBD ---
+
+    def _export(self, step: NbdExport) -> None:
+        for item in step.exports:
+            arguments = {
+                "type": "nbd",
+                "id": f"{EXPORT_PREFIX}{item.export.disk}",
+                "node-name": item.node,
+                "name": item.export.name,
+                "writable": False,
+                "bitmaps": [item.export.bitmap],
+            }
+            self._command("block-export-add", **arguments)
+
+    def _stop(self, step: NbdStop) -> None:
+        if not (_listening(step.socket) or self._exporting()):
+            return
+        self._command("nbd-server-stop")
+        Path(step.socket).unlink(missing_ok=True)
+
+    def _exporting(self) -> bool:
+        """Whether the server has an export of ours: then its socket was merely removed."""
+        exports = self._command("query-block-exports")
+        return any(export["id"].startswith(EXPORT_PREFIX) for export in exports)
+
+
+def refusal(error: CommandFailed) -> CkptmgrError:
+    """The error of ours for what QEMU refused; by its texts, for it has no codes for them."""
+    text = error.description
+    if "Bitmap already exists" in text:
+        return CheckpointExists(error.message, hint="choose another name for the checkpoint")
+    if "is currently in use" in text or "NBD server already running" in text:
+        return Busy(error.message, hint="try again when the job that uses it is done")
+    if text.startswith("Dirty bitmap") and text.endswith("not found"):
+        return BitmapBroken(error.message)
+    if text.startswith("Bitmap") and ("inconsistent" in text or "different sizes" in text):
+        return BitmapBroken(error.message)
+    return OperationFailed(error.message)
+
+
+def _not_writable(ref: BitmapRef, said: str) -> CkptmgrError:
+    message = (
+        f"the bitmap {ref.name!r} of disk {ref.disk} cannot be removed from the backing image "
+        f"{ref.image}, which QEMU cannot open for writing: "
+        f"{' '.join(said.split()) or 'it stayed read-only'}"
+    )
+    if '"write" lock' in said:
+        return Busy(message, hint="another domain or program uses the image")
+    return Unsupported(
+        message, hint="delete the checkpoint through libvirt, or while the domain is stopped"
+    )
+
+
+def _listening(path: str) -> bool:
+    """Whether something accepts connections on a socket: QEMU, where the path is ours."""
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as client:
+        try:
+            client.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError as error:
+            raise OperationFailed(
+                f"the socket {path} cannot be opened: {error.strerror}",
+                hint="run as root or as the user that QEMU runs as",
+            ) from error
+    return True

@@ -1,0 +1,216 @@
+"""qemu-img and qemu-nbd as child processes.
+
+Images are named by ``json:`` pseudo file names, which take any path whole: commas, colons,
+quotes, a leading dash (QEMU's bdrv_parse_filename and option parsers would cut them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import stat
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import (
+    BitmapBroken,
+    Busy,
+    CheckpointExists,
+    CkptmgrError,
+    OperationFailed,
+    Unsupported,
+)
+from ..plan.steps import ImageBitmap
+
+STOP_TIMEOUT = 10.0
+"""Seconds for qemu-nbd to end after SIGTERM, before SIGKILL (it only reads)."""
+
+# block/file-posix.c: byte 100 + n is locked by whoever uses permission n, byte 200 + n by
+# whoever does not share it.  64 bytes each is what enum BlockPermission can have.
+_LOCKED_RANGES = ((100, 64), (200, 64))
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+def image_name(path: str, **options: Any) -> str:
+    """How QEMU's tools are given the qcow2 image at `path`.
+
+    options -- further blockdev options, ``backing=None`` for one without its backing file
+    """
+    try:
+        block = stat.S_ISBLK(Path(path).stat().st_mode)
+    except OSError:
+        block = False  # the tool will say what is wrong with it
+    protocol = "host_device" if block else "file"
+    image = {"driver": "qcow2", "file": {"driver": protocol, "filename": path}, **options}
+    return "json:" + json.dumps(image)
+
+
+def check_free(disk: str, path: str) -> None:
+    """See that the image can be written and that no QEMU program has it open.
+
+    Asks for QEMU's own locks without taking them and without opening the image as qcow2, which
+    would mark all its bitmaps as in use for a while.  Raises Busy, OperationFailed.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise OperationFailed(
+            f"the image {path} of disk {disk} cannot be written: {error.strerror}"
+        ) from error
+    try:
+        held = any(_locked(descriptor, *where) for where in _LOCKED_RANGES)
+    finally:
+        os.close(descriptor)
+    if held:
+        raise _in_use(disk, path)
+
+
+def _locked(descriptor: int, start: int, length: int) -> bool:
+    question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
+    except OSError:
+        return False  # a file system without locks: QEMU does not lock there either
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _in_use(disk: str, path: str) -> Busy:
+    return Busy(
+        f"the image {path} of disk {disk} is in use elsewhere",
+        hint="a running domain or a program such as qemu-nbd has it open; wait, or stop it",
+    )
+
+
+def change_bitmap(step: ImageBitmap) -> None:
+    """Run ``qemu-img bitmap``.  Raises Busy, CheckpointExists, BitmapBroken, OperationFailed."""
+    if step.missing_ok and not os.path.lexists(step.image):
+        return
+    options = [f"--{step.action}"]
+    if step.granularity is not None:
+        options += ["-g", str(step.granularity)]
+    # A checkpoint may be called "-f"; hence the "--".
+    code, said = _run(["qemu-img", "bitmap", *options, "--", image_name(step.image), step.bitmap])
+    if code == 0 or (step.missing_ok and "not found" in said and "Dirty bitmap" in said):
+        return
+    raise _failure(step, said)
+
+
+def _failure(step: ImageBitmap, said: str) -> CkptmgrError:
+    message = f"{step} of disk {step.disk} failed: {said}"
+    if " lock" in said:
+        return _in_use(step.disk, step.image)
+    if "Bitmap already exists" in said:
+        return CheckpointExists(message, hint="choose another name for the checkpoint")
+    if "Dirty bitmap" in said and "not found" in said:
+        return BitmapBroken(message, disk=step.disk)
+    return OperationFailed(message)
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Exit status and standard error of a qemu-img that changes an image.
+
+    It is never ended half way, for then all bitmaps of the image would be lost: it gets a session
+    of its own, where Ctrl-C does not reach it, and is waited for however we leave.
+    """
+    process = _start(command, start_new_session=True)
+    try:
+        _, said = process.communicate()
+    except BaseException:
+        process.wait()
+        raise
+    return process.returncode, said.strip()
+
+
+def _start(command: list[str], **options: Any) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},
+            **options,
+        )
+    except FileNotFoundError as error:
+        raise Unsupported(
+            f"{error.filename} is not installed, and the images of a domain that does not run "
+            "cannot be changed without it",
+            hint="install QEMU's tools (Debian: qemu-utils)",
+        ) from error
+
+
+class BitmapServer:
+    """A qemu-nbd that serves one bitmap of one image; made by `serve`.
+
+    socket -- where it listens, or soon will
+    """
+
+    def __init__(self, disk: str, image: str, bitmap: str, folder: Path) -> None:
+        self.socket = str(folder / "nbd.sock")
+        self._disk = disk
+        self._image = image
+        self._bitmap = bitmap
+        # Without --persistent it ends with its first client; before that, with us, even if we
+        # are killed (prctl's PR_SET_PDEATHSIG, through util-linux's setpriv).
+        guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        self._process = _start(
+            [
+                *guard,
+                "qemu-nbd",
+                "--read-only",
+                f"--bitmap={bitmap}",
+                f"--socket={self.socket}",
+                "--",
+                image_name(image, backing=None),
+            ]
+        )
+
+    def check(self) -> None:
+        """Raises Busy, BitmapBroken or OperationFailed if it has ended."""
+        if self._process.poll() is None:
+            return
+        said = self._said()
+        if " lock" in said:
+            raise _in_use(self._disk, self._image)
+        message = (
+            f"reading bitmap {self._bitmap!r} of disk {self._disk} from {self._image} failed: "
+            f"{said or 'qemu-nbd ended'}"
+        )
+        if said.startswith("qemu-nbd: Bitmap"):
+            raise BitmapBroken(message, disk=self._disk)
+        raise OperationFailed(message)
+
+    def _said(self) -> str:
+        stderr = self._process.stderr
+        return "" if stderr is None else stderr.read().strip()
+
+    def stop(self) -> None:
+        """End it, and wait until it has let go of the image."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+
+
+@contextlib.contextmanager
+def serve(disk: str, image: str, bitmap: str) -> Iterator[BitmapServer]:
+    """Serve a bitmap on a socket in a folder that only we can enter."""
+    with tempfile.TemporaryDirectory(prefix="ckptmgr-") as folder:
+        server = BitmapServer(disk, image, bitmap, Path(folder))
+        try:
+            yield server
+        finally:
+            server.stop()

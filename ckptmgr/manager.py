@@ -1,0 +1,374 @@
+"""The library's face: a host, its domains, and what can be done with their checkpoints.
+
+    with ckptmgr.connect("qemu:///system") as host:
+        domain = host.domain("web")
+        before = domain.create(description="before the update")
+        ...
+        for disk in domain.diff(before.name).disks:
+            print(disk.name, disk.known, disk.dirty_bytes)
+
+Everything raises a subclass of ``ckptmgr.CkptmgrError``, one for each error code of
+``docs/cli.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+
+from . import operation
+from .checkpoint import EngineName
+from .config import Settings, read_settings, settings_file, store_directory
+from .document import format_libvirt, with_sizes
+from .domain.adapter import DomainAdapter
+from .domain.connection import Connection
+from .domain.connection import connect as open_connection
+from .errors import CkptmgrError, InvalidRequest, NoCheckpoint
+from .operation.listing import recorded_disks, select, view
+from .operation.observation import observe
+from .operation.session import Session
+from .store import Store
+from .views import CheckpointView, DiffView, DomainView, ListView
+
+if TYPE_CHECKING:
+    from .align import DiskRequest
+    from .consistency import Finding
+    from .plan.steps import Plan
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def connect(
+    uri: str | None = None,
+    *,
+    store: str | Path | None = None,
+    engine: str = "auto",
+    read_only: bool = False,
+) -> Host:
+    """Connect to the hypervisor at a libvirt `uri` of the QEMU driver.
+
+    uri -- default: ``LIBVIRT_DEFAULT_URI``, then libvirt's own choice
+    store -- the metadata directory; default: ``CKPTMGR_STORE``, then the driver's own
+    engine -- auto, libvirt, monitor or offline
+
+    Raises ConnectionFailed, Unsupported (another driver than QEMU's), InvalidRequest.
+    """
+    asked = _engine_name(engine)
+    connection = open_connection(uri, read_only=read_only)
+    try:
+        place = (connection.driver, connection.embedded_root)
+        settings = read_settings(settings_file(*place))
+        directory = Path(store) if store else settings.store or store_directory(*place)
+    except BaseException:
+        connection.close()
+        raise
+    return Host(connection, Store(directory.absolute()), settings, asked)
+
+
+def _names_domain(
+    method: Callable[Concatenate[Domain, P], T],
+) -> Callable[Concatenate[Domain, P], T]:
+    """Have errors of `method` say which domain they are about, where they do not yet."""
+
+    @wraps(method)
+    def named(domain: Domain, /, *arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return method(domain, *arguments, **options)
+        except CkptmgrError as error:
+            name = repr(domain.view.name)
+            if name not in error.message:
+                error.message = f"domain {name}: {error.message}"
+            raise
+
+    return named
+
+
+def _engine_name(engine: str) -> EngineName | None:
+    if engine == "auto":
+        return None
+    try:
+        return EngineName(engine)
+    except ValueError:
+        known = ", ".join(["auto", *EngineName])
+        raise InvalidRequest(f"there is no engine {engine!r}", hint=f"engines: {known}") from None
+
+
+class Host:
+    """A hypervisor and a store.  Close it, or use it as a context manager."""
+
+    def __init__(
+        self, connection: Connection, store: Store, settings: Settings, asked: EngineName | None
+    ) -> None:
+        self._connection = connection
+        self._store = store
+        self._settings = settings
+        self._asked = asked
+
+    @property
+    def uri(self) -> str:
+        """The connection's URI, as libvirt names it."""
+        return self._connection.uri
+
+    @property
+    def store_directory(self) -> Path:
+        """The metadata directory."""
+        return self._store.directory
+
+    def domain(self, name: str) -> Domain:
+        """The domain with that name, UUID or id.  Raises NoDomain."""
+        adapter = self._connection.domain(name)
+        return Domain(
+            Session(adapter, self._store.domain(adapter.uuid), self._settings, self._asked)
+        )
+
+    def domain_names(self) -> list[str]:
+        """Names of all domains, running or not."""
+        return self._connection.domains()
+
+    def close(self) -> None:
+        """Close the connection; the domains that came from it cannot be used any more."""
+        self._connection.close()
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Domain:
+    """One domain's checkpoints.
+
+    Every command that changes something has a twin ``plan_…`` that takes the same arguments,
+    touches nothing and returns what would be done.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    @property
+    def _now(self) -> Session:
+        """A session that has looked up nothing yet: domains change between two commands."""
+        return self._session.renewed()
+
+    @property
+    def adapter(self) -> DomainAdapter:
+        """The libvirt side of the domain: its disks, nodes, definition, monitor."""
+        return self._session.adapter
+
+    @property
+    def view(self) -> DomainView:
+        """Name and UUID."""
+        return self._session.view
+
+    # --- changes -----------------------------------------------------------------------------
+
+    @_names_domain
+    def create(
+        self,
+        name: str | None = None,
+        *,
+        description: str | None = None,
+        disks: Sequence[DiskRequest] = (),
+        quiesce: bool = False,
+    ) -> CheckpointView:
+        """Make a checkpoint of all disks at one instant, and keep the map of what changed before.
+
+        name -- default: the creation time in seconds
+        disks -- which to track; default: all that can be
+        quiesce -- freeze the guest's file systems for that instant, through its agent
+        """
+        request = operation.creation.Request(name, description, tuple(disks), quiesce)
+        return operation.creation.create(self._now, request)
+
+    @_names_domain
+    def plan_create(
+        self,
+        name: str | None = None,
+        *,
+        description: str | None = None,
+        disks: Sequence[DiskRequest] = (),
+        quiesce: bool = False,
+    ) -> Plan:
+        """What create() would do."""
+        request = operation.creation.Request(name, description, tuple(disks), quiesce)
+        return operation.creation.plan_create(self._now, request)
+
+    @_names_domain
+    def delete(
+        self,
+        name: str,
+        *,
+        children: bool = False,
+        children_only: bool = False,
+        metadata: bool = False,
+    ) -> tuple[str, ...]:
+        """Delete a checkpoint and its bitmaps; its intervals join its children's.
+
+        children -- with all that come after it; children_only -- those alone
+        metadata -- forget it, here and in libvirt, but leave its bitmaps
+
+        Returns the names of what was deleted.
+        """
+        request = operation.deletion.Request(name, children, children_only, metadata)
+        return operation.deletion.delete(self._now, request)
+
+    @_names_domain
+    def plan_delete(
+        self,
+        name: str,
+        *,
+        children: bool = False,
+        children_only: bool = False,
+        metadata: bool = False,
+    ) -> Plan:
+        """What delete() would do."""
+        request = operation.deletion.Request(name, children, children_only, metadata)
+        return operation.deletion.plan_delete(self._now, request)
+
+    @_names_domain
+    def redefine(self, document: str, *, validate: bool = False) -> CheckpointView:
+        """Bring a checkpoint back from its XML, or give a known one another description.
+
+        validate -- have libvirt see first that its bitmaps are there and whole
+        """
+        return operation.redefinition.redefine(self._now, document, validate=validate)
+
+    @_names_domain
+    def plan_redefine(self, document: str, *, validate: bool = False) -> Plan:
+        """What redefine() would do."""
+        return operation.redefinition.plan_redefine(self._now, document, validate=validate)
+
+    @_names_domain
+    def adopt(self) -> tuple[CheckpointView, ...]:
+        """Take over the checkpoints that libvirt has and the store lacks."""
+        return operation.adoption.adopt(self._now)
+
+    @_names_domain
+    def plan_adopt(self) -> Plan:
+        """What adopt() would do."""
+        return operation.adoption.plan_adopt(self._now)
+
+    @_names_domain
+    def archive(self, keep: int = 1) -> Mapping[str, tuple[str, ...]]:
+        """Let bitmaps go from QEMU and the images; what they say is in the store.
+
+        keep -- how many of the newest each disk keeps, at least the one that records now
+
+        A bitmap stays where it alone knows something.  Returns the checkpoints and, of each, the
+        disks whose bitmaps went.
+        """
+        return operation.archive.archive(self._now, keep)
+
+    @_names_domain
+    def plan_archive(self, keep: int = 1) -> Plan:
+        """What archive() would do."""
+        return operation.archive.plan_archive(self._now, keep)
+
+    @_names_domain
+    def repair(self, *, foreign: bool = False) -> tuple[Finding, ...]:
+        """Cure what check() finds; returns what was cured.
+
+        foreign -- also remove bitmaps of which nothing says that ckptmgr made them
+        """
+        return operation.repair.repair(self._now, foreign=foreign)
+
+    # --- questions ---------------------------------------------------------------------------
+
+    @_names_domain
+    def checkpoints(
+        self,
+        *,
+        roots: bool = False,
+        leaves: bool | None = None,
+        start: str | None = None,
+        descendants: bool = False,
+        topological: bool = False,
+    ) -> ListView:
+        """The checkpoints, chosen and sorted as by ``virsh checkpoint-list``.
+
+        Their states are those recorded; checkpoint() looks.
+        """
+        session = self._now
+        history = session.history()
+        names = select(
+            history,
+            roots=roots,
+            leaves=leaves,
+            start=start,
+            descendants=descendants,
+            topological=topological,
+        )
+        found = tuple(view(history, history.get(name), session.view) for name in names)
+        return ListView(session.view, history.current, found)
+
+    @_names_domain
+    def checkpoint(self, name: str, *, size: bool = False) -> CheckpointView:
+        """One checkpoint, with the state its bitmaps really are in.  Raises NoCheckpoint.
+
+        size -- with the bytes written since, for each disk
+        """
+        session = self._now
+        history = session.history()
+        checkpoint = observe(session, history.get(name))
+        disks = recorded_disks(checkpoint)
+        if size:
+            disks = operation.difference.sized(session, name, disks)
+        return view(history, checkpoint, session.view, disks)
+
+    @_names_domain
+    def document(self, name: str, *, size: bool = False) -> str:
+        """The XML of a checkpoint that libvirt would take.  Raises NoCheckpoint.
+
+        size -- with the bytes written since, for each disk
+        """
+        document = format_libvirt(self._now.history().get(name))
+        if not size:
+            return document
+        disks = self.checkpoint(name, size=True).disks
+        return with_sizes(
+            document,
+            {disk.name: disk.dirty_bytes for disk in disks if disk.dirty_bytes is not None},
+        )
+
+    @_names_domain
+    def has_current(self) -> bool:
+        """Whether there is a current checkpoint."""
+        return self._now.history().has_current
+
+    @_names_domain
+    def current(self) -> CheckpointView | None:
+        """The current checkpoint, the parent of the next one; None if there is none."""
+        current = self._now.history().current
+        return None if current is None else self.checkpoint(current)
+
+    @_names_domain
+    def parent(self, name: str) -> CheckpointView:
+        """The parent of a checkpoint.  Raises NoCheckpoint if it is a root."""
+        parent = self._now.history().parent(name)
+        if parent is None:
+            raise NoCheckpoint(f"checkpoint {name} has no parent")
+        return self.checkpoint(parent)
+
+    @_names_domain
+    def check(self) -> tuple[Finding, ...]:
+        """What of the store, libvirt, the images, QEMU and the marker does not fit together.
+
+        Of a running domain it asks the monitor, which taints it, unless the host was connected
+        with ``engine="libvirt"``: bitmaps that libvirt does not know are not seen then.
+        """
+        return operation.repair.check(self._now)
+
+    @_names_domain
+    def diff(self, start: str, end: str | None = None) -> DiffView:
+        """What changed from one checkpoint to another, or until now, on each disk."""
+        return operation.difference.diff(self._now, start, end)

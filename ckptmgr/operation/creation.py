@@ -1,0 +1,339 @@
+"""create: a checkpoint of all disks at one instant, and the maps of the intervals that it ends."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..align import AlignedDisk, DiskRequest, align_disks
+from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State, check_name
+from ..dirtymap import DirtyMap
+from ..document import format_libvirt, format_request
+from ..domain.disk import Disk, DiskLayers
+from ..domain.known import is_known, known_names
+from ..errors import BitmapBroken, CheckpointExists, CkptmgrError, InvalidRequest
+from ..history import History
+from ..plan import planner
+from ..plan.request import CreateDisk, CreateRequest
+from ..plan.steps import Plan
+from ..store import Intent, Loaded
+from ..trust import doubt
+from ..views import CheckpointView
+from . import archive, projection
+from .listing import view
+from .session import Session, Workspace
+
+log = logging.getLogger("ckptmgr")
+
+NOT_READ = "the bitmap of {since} was missing or broken when {name} was made"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    name: str | None
+    description: str | None
+    disks: tuple[DiskRequest, ...]
+    quiesce: bool
+
+
+@dataclass(frozen=True)
+class Creation:
+    """A checkpoint that is ready to be made.
+
+    checkpoint -- as it will be recorded; its intervals are unknown until their maps are read
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+
+
+def create(session: Session, request: Request) -> CheckpointView:
+    """Make a checkpoint.  See Domain.create."""
+    with session.locked() as loaded, session.workspace() as workspace:
+        creation = prepare(session, loaded, request, workspace)
+        for disk in creation.checkpoint.disks:
+            if disk.bitmap is None:
+                log.warning("disk %s is not tracked: %s", disk.name, disk.reason)
+        checkpoint = _run(session, loaded, request, creation, workspace)
+        history = loaded.history.add(checkpoint)
+        session.commit_current(history, loaded.record)
+        session.store.clear_intent()
+        projection.align_parent(session, history, checkpoint)
+        history = _archive_old(session, history, loaded)
+        return view(history, checkpoint, session.view)
+
+
+def _archive_old(session: Session, history: History, loaded: Loaded) -> History:
+    """Let old bitmaps go if the settings say so; the new checkpoint stands in any case."""
+    if not session.settings.keep_bitmaps:
+        return history
+    session = session.renewed()
+    choice = archive.choose(history, session.settings.keep_bitmaps)
+    try:
+        return archive.run(session, replace(loaded, history=history), choice.bitmaps)
+    except CkptmgrError as error:
+        log.warning("old bitmaps were not archived: %s", error)
+        return history
+
+
+def plan_create(session: Session, request: Request) -> Plan:
+    """What create() would do; nothing is touched, not even the lock."""
+    session.require_writable()
+    workspace = session.place()
+    return prepare(session, session.loaded(), request, workspace).plan
+
+
+def prepare(
+    session: Session,
+    loaded: Loaded,
+    request: Request,
+    workspace: Workspace,
+    unreadable: frozenset[str] = frozenset(),
+) -> Creation:
+    """Everything that can be refused is refused here, before anything is touched.
+
+    unreadable -- disks whose recording bitmap turned out to be missing or broken
+    """
+    engine = session.choice.engine
+    now = int(time.time())
+    name = _free_name(session, loaded, request.name, now)
+    if request.quiesce and not session.active:
+        raise InvalidRequest(
+            f"domain {session.adapter.name!r} is not running, so there is nothing to quiesce",
+            hint="leave --quiesce out",
+        )
+    aligned = align_disks(name, session.disks, request.disks, engine)
+    layers = session.layers(engine)
+    disks = {disk.target: disk for disk in session.disks}
+    tracked = [
+        _create_disk(
+            loaded.history, choice, session.disks, layers.get(choice.target), workspace, unreadable
+        )
+        for choice in aligned
+        if choice.bitmap is not None
+    ]
+    checkpoint = Checkpoint(
+        name=name,
+        created=now,
+        parent=loaded.history.current,
+        engine=engine,
+        disks=tuple(
+            _recorded_disk(
+                name, loaded.history, choice, disks[choice.target], layers.get(choice.target)
+            )
+            for choice in aligned
+        ),
+        description=request.description,
+        domain_xml=session.definition(),
+    )
+    asked = CreateRequest(
+        name=name,
+        document=format_request(name, request.description, _shown_disks(checkpoint)),
+        redefinition=format_libvirt(projection.shown(session, loaded.history, checkpoint)),
+        disks=tuple(tracked),
+        socket=workspace.socket if engine is not EngineName.OFFLINE else None,
+        tell_libvirt=session.tells_libvirt,
+        quiesce=session.settings.freeze_timeout if request.quiesce else None,
+    )
+    plan = planner(engine).create(asked)
+    if engine is EngineName.LIBVIRT:
+        plan = projection.with_known(session, loaded.history, tracked, plan)
+    notes = tuple(
+        f"disk {choice.target} is not tracked: {choice.reason}"
+        for choice in aligned
+        if choice.bitmap is None
+    )
+    return Creation(checkpoint, replace(plan, notes=(*plan.notes, *notes)))
+
+
+def _run(
+    session: Session, loaded: Loaded, request: Request, creation: Creation, workspace: Workspace
+) -> Checkpoint:
+    """Run the plan and record the checkpoint, or leave everything as it was.
+
+    A bitmap that is not what the store says costs its disk's interval alone.
+    """
+    unreadable: frozenset[str] = frozenset()
+    while True:
+        try:
+            return _attempt(session, loaded, creation)
+        except BitmapBroken as error:
+            asked = replace(request, name=creation.checkpoint.name)
+            broken = frozenset({error.disk} if error.disk else _ended(creation.checkpoint))
+            if broken <= unreadable:
+                raise
+            unreadable |= broken
+            for disk in sorted(broken):
+                log.warning("what changed on %s before this checkpoint is unknown: %s", disk, error)
+            creation = prepare(session.renewed(), loaded, asked, workspace, unreadable)
+
+
+def _ended(checkpoint: Checkpoint) -> set[str]:
+    return {disk.name for disk in checkpoint.disks if disk.interval is not None}
+
+
+def _attempt(session: Session, loaded: Loaded, creation: Creation) -> Checkpoint:
+    checkpoint, plan = creation.checkpoint, creation.plan
+    engine = session.engine(plan.engine)
+    session.store.write_intent(intent(session, creation))
+    try:
+        outcome = engine.run(plan.steps)
+        maps = grown(loaded.history, checkpoint, outcome.maps)
+        recorded = with_maps(checkpoint, session.store.save_map, maps)
+        session.store.save_checkpoint(recorded)
+    except BaseException as error:
+        # Also on ^C: the checkpoint is made whole or not at all.
+        foreign = isinstance(error, CheckpointExists)
+        try:
+            engine.run(plan.release if foreign else plan.undo)
+            session.store.clear_intent()
+        except CkptmgrError as failure:
+            log.warning(
+                "checkpoint %s could not be taken back; the next command on the domain will: %s",
+                checkpoint.name,
+                failure,
+            )
+        raise
+    return recorded
+
+
+def intent(session: Session, creation: Creation) -> Intent:
+    """What is needed to take the creation back at any later time."""
+    checkpoint, plan = creation.checkpoint, creation.plan
+    return Intent(
+        "create",
+        (checkpoint.name,),
+        plan.engine.value,
+        {"redefinition": format_libvirt(replace(checkpoint, parent=None, domain_xml=None))},
+    )
+
+
+def grown(
+    history: History, checkpoint: Checkpoint, maps: Mapping[str, DirtyMap]
+) -> dict[str, DirtyMap]:
+    """`maps` with the part of each disk that was not there when its interval began."""
+    return {
+        name: dirty.grown_from(_size_at_start(history, checkpoint.disk(name)))
+        for name, dirty in maps.items()
+    }
+
+
+def _size_at_start(history: History, disk: CheckpointDisk | None) -> int | None:
+    if disk is None or disk.interval is None:
+        return None
+    since = history.get(disk.interval.since).disk(disk.name)
+    return None if since is None else since.size
+
+
+def with_maps(
+    checkpoint: Checkpoint,
+    save: Callable[[DirtyMap], str],
+    maps: Mapping[str, DirtyMap],
+) -> Checkpoint:
+    """`checkpoint` with the digests of the maps that were read, each kept by `save` first."""
+    disks = []
+    for disk in checkpoint.disks:
+        if disk.interval is not None and disk.name in maps:
+            digest = save(maps[disk.name])
+            disk = replace(disk, interval=Interval(disk.interval.since, digest))
+        disks.append(disk)
+    return replace(checkpoint, disks=tuple(disks))
+
+
+def _free_name(session: Session, loaded: Loaded, asked: str | None, now: int) -> str:
+    taken = {*loaded.history.checkpoints, *loaded.damaged_names}
+    if asked is None:
+        known = {*taken, *known_names(session.adapter)}
+        return next(
+            name for name in map(str, range(now, now + len(known) + 1)) if name not in known
+        )
+    check_name(asked)
+    if asked in taken:
+        raise CheckpointExists(
+            f"domain {session.adapter.name!r} has a checkpoint {asked!r} already",
+            hint="choose another name, or delete that one first",
+        )
+    if is_known(session.adapter, asked):
+        raise CheckpointExists(
+            f"libvirt has a checkpoint {asked!r} of domain {session.adapter.name!r} already, "
+            "which ckptmgr did not make",
+            hint="choose another name, or take it over with `ckptmgr adopt`",
+        )
+    return asked
+
+
+def _create_disk(
+    history: History,
+    choice: AlignedDisk,
+    disks: Sequence[Disk],
+    layers: DiskLayers | None,
+    workspace: Workspace,
+    unreadable: frozenset[str],
+) -> CreateDisk:
+    since = _since(history, choice.target)
+    if (
+        since is None
+        or choice.target in unreadable
+        or not _readable(history, since, choice, disks, layers)
+    ):
+        return CreateDisk(choice.target, None, choice.persistent, layers=layers)
+    recorded = history.get(since).disk(choice.target)
+    return CreateDisk(
+        target=choice.target,
+        persistent=choice.persistent,
+        since=since,
+        since_granularity=recorded.granularity if recorded else None,
+        layers=layers,
+        scratch=workspace.scratch(choice.target),
+    )
+
+
+def _since(history: History, target: str) -> str | None:
+    return None if history.current is None else history.tracker(target, history.current)
+
+
+def _readable(
+    history: History,
+    since: str,
+    choice: AlignedDisk,
+    disks: Sequence[Disk],
+    layers: DiskLayers | None,
+) -> bool:
+    recorded = history.get(since).disk(choice.target)
+    if recorded is None or recorded.state is not State.RECORDING or doubt(recorded, disks):
+        return False
+    return layers is None or layers.broken(since) is None
+
+
+def _recorded_disk(
+    name: str, history: History, choice: AlignedDisk, disk: Disk, layers: DiskLayers | None
+) -> CheckpointDisk:
+    source = None if disk.empty else disk.top.source
+    if choice.bitmap is None:
+        return CheckpointDisk(choice.target, size=disk.size, source=source, reason=choice.reason)
+    since = _since(history, choice.target)
+    node = layers.layers[0].node if layers is not None else disk.format_node
+    return CheckpointDisk(
+        choice.target,
+        bitmap=choice.bitmap,
+        granularity=choice.granularity,
+        node=node,
+        persistent=choice.persistent,
+        size=disk.size,
+        source=source,
+        state=State.RECORDING,
+        interval=None
+        if since is None
+        else Interval(since, None, NOT_READ.format(since=since, name=name)),
+    )
+
+
+def _shown_disks(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    return [
+        (disk.name, "bitmap" if disk.bitmap is not None and disk.persistent else "no")
+        for disk in checkpoint.disks
+    ]

@@ -1,0 +1,105 @@
+"""Settle what an interrupted operation left behind, by what is really there."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from ..checkpoint import EngineName
+from ..errors import CkptmgrError, ConnectionFailed, StoreDamaged, StoreFailed
+from ..plan import planner
+from ..plan.request import UndoRequest
+from ..plan.steps import CheckpointDelete
+from ..store import Intent, Loaded
+from . import archive, deletion
+from .session import Session
+
+log = logging.getLogger("ckptmgr")
+
+
+def settle(session: Session) -> None:
+    """Complete or take back the operation whose intent is found; to be called under the lock."""
+    intent = session.store.read_intent()
+    if intent is None:
+        return
+    names = ", ".join(intent.names)
+    loaded = session.loaded()
+    if intent.operation == "create":
+        _settle_create(session, intent, loaded)
+    elif intent.operation == "delete":
+        log.warning("completing an interrupted deletion of %s", names)
+        try:
+            deletion.finish(
+                session, loaded, intent.names, metadata=bool(intent.data.get("metadata"))
+            )
+        except (ConnectionFailed, StoreFailed):
+            raise
+        except CkptmgrError as error:
+            log.warning("what is left of %s stays: %s", names, error)
+            session.store.clear_intent()
+    elif intent.operation == "redefine":
+        _settle_redefine(session, intent, loaded)
+    elif intent.operation == "archive":
+        _settle_archive(session, intent, loaded)
+    elif intent.operation == "adopt":
+        # Each document stands for itself; the next adopt takes the rest.
+        session.store.clear_intent()
+    else:
+        raise StoreDamaged(
+            f"an interrupted operation {intent.operation!r} is not known to this version",
+            hint="use the version of ckptmgr that began it",
+        )
+
+
+def _settle_create(session: Session, intent: Intent, loaded: Loaded) -> None:
+    (name,) = intent.names
+    if name in loaded.history.checkpoints:
+        # The document is the moment at which a checkpoint exists; only "current" may be missing.
+        log.warning("completing the interrupted creation of checkpoint %s", name)
+        if loaded.history.get(name).parent == loaded.history.current:
+            session.commit_current(replace(loaded.history, current=name), loaded.record)
+    else:
+        log.warning("taking back the interrupted creation of checkpoint %s", name)
+        _take_back(session, intent, name)
+    session.store.clear_intent()
+
+
+def _settle_redefine(session: Session, intent: Intent, loaded: Loaded) -> None:
+    for name in intent.names:
+        if name not in loaded.history.checkpoints and session.tells_libvirt:
+            log.warning("taking back the interrupted redefinition of checkpoint %s", name)
+            step = CheckpointDelete(name, metadata_only=True, missing_ok=True)
+            session.engine(EngineName.LIBVIRT).run((step,))
+    session.store.clear_intent()
+
+
+def _settle_archive(session: Session, intent: Intent, loaded: Loaded) -> None:
+    log.warning("completing an interrupted archiving of %s", ", ".join(intent.names))
+    bitmaps = {name: tuple(disks) for name, disks in dict(intent.data["disks"]).items()}
+    try:
+        archive.finish(session, loaded.history, bitmaps)
+    except (ConnectionFailed, StoreFailed):
+        raise
+    except CkptmgrError as error:
+        log.warning("the other bitmaps stay: %s", error)
+        session.store.clear_intent()
+
+
+def _take_back(session: Session, intent: Intent, name: str) -> None:
+    engine = EngineName.OFFLINE
+    if session.active:
+        engine = EngineName.LIBVIRT if session.backup[0] else EngineName.MONITOR
+    asked = EngineName(intent.engine)
+    if session.active and asked is EngineName.MONITOR:
+        # Bitmaps that are not persistent, and what was made for reading, only QMP shows.
+        engine = EngineName.MONITOR
+    steps = planner(engine).undo_create(
+        UndoRequest(
+            name=name,
+            redefinition=str(intent.data["redefinition"]),
+            disks=tuple(session.layers(engine).values()),
+            socket=session.place().socket if session.active else None,
+            told_libvirt=session.tells_libvirt,
+        )
+    )
+    session.engine(engine).run(steps)

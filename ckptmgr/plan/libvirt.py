@@ -1,0 +1,198 @@
+"""Plans for libvirt's checkpoint and backup APIs: no monitor, so the domain is not tainted.
+
+A plain create makes the bitmaps alone.  Where it ends an interval, a pull backup job with a
+checkpoint makes the checkpoint and freezes the interval's dirty bitmap at one instant, to be
+read over NBD (libvirt 7.2 and later).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from lxml import etree
+
+from ..checkpoint import EngineName
+from ..errors import OperationFailed
+from ..xml import parse, to_text
+from .checks import check_socket
+from .request import (
+    CreateDisk,
+    CreateRequest,
+    DeleteRequest,
+    ReadDisk,
+    ReadRequest,
+    UndoRequest,
+)
+from .steps import (
+    BackupBegin,
+    BackupEnd,
+    CheckpointCreate,
+    CheckpointDelete,
+    CheckpointPurge,
+    CheckpointRedefine,
+    Export,
+    Plan,
+    Quiesced,
+    ReadMaps,
+    Step,
+)
+
+
+def create(request: CreateRequest) -> Plan:
+    """Make a checkpoint; read the intervals of the disks that have a `since`."""
+    undo = undo_create(UndoRequest(request.name, request.redefinition, socket=request.socket))
+    ending = [disk for disk in request.disks if disk.since is not None]
+    begin: CheckpointCreate | BackupBegin
+    if not ending:
+        begin = CheckpointCreate(request.document)
+        rest: tuple[Step, ...] = ()
+    else:
+        socket = check_socket(request.socket)
+        begin = BackupBegin(_backup(socket, ending), request.document)
+        rest = (ReadMaps(socket, _exports(ending)), BackupEnd(socket))
+    first: Step = begin if request.quiesce is None else Quiesced(begin, request.quiesce)
+    return Plan(
+        EngineName.LIBVIRT,
+        steps=(first, *rest),
+        undo=undo,
+        release=tuple(step for step in undo if isinstance(step, BackupEnd)),
+    )
+
+
+def undo_create(request: UndoRequest) -> tuple[Step, ...]:
+    """Take back a create: end its job, remove the checkpoint with its bitmaps."""
+    job = () if request.socket is None else (BackupEnd(request.socket),)
+    return (*job, CheckpointPurge(request.name, request.redefinition))
+
+
+def delete(request: DeleteRequest) -> Plan:
+    """Delete a checkpoint.
+
+    libvirt deletes nothing where the bitmap of any disk is missing (its INTERNAL_ERROR "bitmap
+    ... not found in backing chain of ...", which the engine raises as BitmapBroken with the
+    disk): those disks are then taken out of its metadata first.
+    """
+    if request.metadata_only:
+        known = request.known_to_libvirt
+        steps: tuple[Step, ...] = (_forget(request.name),) if known else ()
+        return Plan(EngineName.LIBVIRT, steps)
+    held = [
+        disk.target
+        for disk in request.disks
+        if not disk.missing and (disk.layers is None or disk.layers.holding(request.name))
+    ]
+    if not held:
+        steps = (_forget(request.name),) if request.known_to_libvirt else ()
+        note = f"no disk has a bitmap of checkpoint {request.name}: its metadata alone is deleted"
+        return Plan(EngineName.LIBVIRT, steps, notes=(note,))
+    if request.known_to_libvirt and len(held) == len(request.disks):
+        return Plan(EngineName.LIBVIRT, (CheckpointDelete(request.name),))
+    if request.redefinition is None:
+        raise OperationFailed(
+            f"checkpoint {request.name} cannot be shown to libvirt for its deletion: "
+            "there is no document of it"
+        )
+    shown = with_disks(request.redefinition, held)
+    missing = [disk.target for disk in request.disks if disk.target not in held]
+    notes = (f"no bitmap of checkpoint {request.name} on {', '.join(missing)}",) if missing else ()
+    return Plan(
+        EngineName.LIBVIRT,
+        (CheckpointRedefine(request.name, shown), CheckpointDelete(request.name)),
+        notes=notes,
+    )
+
+
+def _forget(name: str) -> CheckpointDelete:
+    return CheckpointDelete(name, metadata_only=True, missing_ok=True)
+
+
+def read(request: ReadRequest) -> Plan:
+    """Read open intervals, all of one instant, through a pull backup job."""
+    socket = check_socket(request.socket)
+    end = BackupEnd(socket)
+    return Plan(
+        EngineName.LIBVIRT,
+        steps=(
+            BackupBegin(_backup(socket, request.disks), checkpoint=None),
+            ReadMaps(socket, _exports(request.disks)),
+            end,
+        ),
+        undo=(end,),
+        release=(end,),
+    )
+
+
+def _bitmap(target: str) -> str:
+    """Name of the temporary bitmap that the backup job makes; libvirt's own default."""
+    return f"backup-{target}"
+
+
+def _exports(disks: Iterable[CreateDisk | ReadDisk]) -> tuple[Export, ...]:
+    return tuple(
+        Export(
+            disk.target,
+            name=disk.target,
+            bitmap=_bitmap(disk.target),
+            granularity=(
+                disk.granularity if isinstance(disk, ReadDisk) else disk.since_granularity
+            ),
+        )
+        for disk in disks
+    )
+
+
+def _backup(socket: str, disks: Iterable[CreateDisk | ReadDisk]) -> str:
+    """The document for virDomainBackupBegin (domainbackup.rng); disks not listed take no part.
+
+        <domainbackup mode='pull'>
+          <server transport='unix' socket='/run/x.sock'/>
+          <disks>
+            <disk name='vda' backup='yes' type='file' backupmode='incremental' incremental='c1'
+                  exportname='vda' exportbitmap='backup-vda'>
+              <driver type='qcow2'/>
+              <scratch file='/run/x-vda.scratch'/>
+            </disk>
+          </disks>
+        </domainbackup>
+
+    The scratch file is always named: without, libvirt would put it beside the image.
+    """
+    root = etree.Element("domainbackup", mode="pull")
+    etree.SubElement(root, "server", transport="unix", socket=socket)
+    listed = etree.SubElement(root, "disks")
+    for disk in disks:
+        if disk.scratch is None:
+            raise OperationFailed(f"there is no place for a scratch file of disk {disk.target}")
+        element = etree.SubElement(
+            listed,
+            "disk",
+            name=disk.target,
+            backup="yes",
+            type="file",
+            backupmode="incremental",
+            incremental=disk.since or "",
+            exportname=disk.target,
+            exportbitmap=_bitmap(disk.target),
+        )
+        etree.SubElement(element, "driver", type="qcow2")
+        etree.SubElement(element, "scratch", file=disk.scratch)
+    return to_text(root)
+
+
+def tracked_disks(document: str) -> tuple[str, ...]:
+    """Targets of the disks that have a bitmap in a checkpoint document of libvirt's form."""
+    disks = parse(document, what="the checkpoint").iterfind("disks/disk")
+    return tuple(
+        name for disk in disks if disk.get("checkpoint") != "no" and (name := disk.get("name"))
+    )
+
+
+def with_disks(document: str, targets: Collection[str]) -> str:
+    """A checkpoint document in which only the disks in `targets` keep their bitmap."""
+    root = parse(document, what="the checkpoint")
+    for disk in root.iterfind("disks/disk"):
+        if disk.get("name") not in targets:
+            disk.set("checkpoint", "no")
+            for attribute in ("bitmap", "size"):
+                disk.attrib.pop(attribute, "")
+    return to_text(root)

@@ -1,0 +1,214 @@
+"""A hypervisor of plain objects for the command line: it answers, and notes what it was asked."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from pyroaring import BitMap64
+
+from ckptmgr.checkpoint import EngineName, State
+from ckptmgr.cli.session import Session
+from ckptmgr.dirtymap import DirtyMap
+from ckptmgr.errors import CkptmgrError, NoCheckpoint, NoDomain
+from ckptmgr.plan.steps import CheckpointCreate, Plan
+from ckptmgr.views import CheckpointView, DiffView, DiskDiff, DiskView, DomainView, ListView
+
+KIB = 1024
+DOMAIN = DomainView("web", "6695eb01-f6a4-8304-79aa-97f2502e193f")
+NOON = 1795348800  # 2026-11-22T12:00:00Z
+
+
+def disk(name: str = "vda", bitmap: str | None = "c0", **known: Any) -> DiskView:
+    values: dict[str, Any] = {
+        "granularity": 64 * KIB,
+        "node": "libvirt-1-format",
+        "persistent": True,
+        "state": State.RECORDING,
+    }
+    if bitmap is None:
+        values = {"granularity": None, "node": None, "persistent": True, "state": State.NONE}
+    return DiskView(name, bitmap, **(values | known))
+
+
+def checkpoint(name: str, parent: str | None = None, **known: Any) -> CheckpointView:
+    values: dict[str, Any] = {
+        "children": (),
+        "domain": DOMAIN,
+        "current": False,
+        "created": NOON,
+        "description": None,
+        "engine": EngineName.LIBVIRT,
+        "disks": (disk(bitmap=name), disk("vdb", None, reason="raw images cannot keep bitmaps")),
+    }
+    return CheckpointView(name=name, parent=parent, **(values | known))
+
+
+def forest(parents: dict[str, str | None], current: str | None = None) -> list[CheckpointView]:
+    """Checkpoints with these parents, in this order."""
+    return [
+        checkpoint(
+            name,
+            parent,
+            current=name == current,
+            children=tuple(child for child, of in parents.items() if of == name),
+        )
+        for name, parent in parents.items()
+    ]
+
+
+FORK = forest({"c0": None, "c1": "c0", "c2": "c1", "c3": "c2", "c4": "c1"}, current="c4")
+
+DIFF = DiffView(
+    DOMAIN,
+    "c0",
+    None,
+    (
+        DiskDiff("vda", 1024 * KIB, 64 * KIB, DirtyMap(64 * KIB, 1024 * KIB, BitMap64([0, 1, 9]))),
+        DiskDiff("vdb", 512 * KIB, None, None, "the bitmap c0 is missing"),
+    ),
+)
+PLAN = Plan(EngineName.LIBVIRT, (CheckpointCreate("<x/>"),), notes=("vdb is left out: raw",))
+
+
+@dataclass
+class Domain:
+    """Stands where ckptmgr.manager.Domain does; `asked` has each call with its arguments."""
+
+    existing: Sequence[CheckpointView] = ()
+    view: DomainView = DOMAIN
+    asked: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    fails: Exception | None = None
+    signal: int | None = None
+
+    def _note(self, name: str, *arguments: Any, **options: Any) -> None:
+        self.asked.append((name, arguments, options))
+        if self.signal is not None:
+            os.kill(os.getpid(), self.signal)
+        if self.fails is not None:
+            raise self.fails
+
+    def create(self, name: str | None = None, **options: Any) -> CheckpointView:
+        self._note("create", name, **options)
+        logging.getLogger("ckptmgr.manager").warning("vdb is left out: raw \x1b[31m")
+        return checkpoint(name or str(NOON))
+
+    def checkpoints(self, **options: Any) -> ListView:
+        self._note("checkpoints", **options)
+        current = next((each.name for each in self.existing if each.current), None)
+        shown = tuple(self.existing)
+        if options.get("start"):
+            shown = tuple(each for each in shown if each.name in ("c2", "c3"))
+        return ListView(DOMAIN, current, shown)
+
+    def checkpoint(self, name: str, *, size: bool = False) -> CheckpointView:
+        self._note("checkpoint", name, size=size)
+        for each in self.existing:
+            if each.name == name:
+                return each
+        raise NoCheckpoint(f"domain 'web' has no checkpoint {name!r}")
+
+    def document(self, name: str, *, size: bool = False) -> str:
+        self._note("document", name, size=size)
+        return f"<domaincheckpoint>\n  <name>{name}</name>\n</domaincheckpoint>\n"
+
+    def current(self) -> CheckpointView | None:
+        self._note("current")
+        return next((each for each in self.existing if each.current), None)
+
+    def has_current(self) -> bool:
+        self._note("has_current")
+        return any(each.current for each in self.existing)
+
+    def parent(self, name: str) -> CheckpointView:
+        parent = self.checkpoint(name).parent
+        if parent is None:
+            raise NoCheckpoint(f"checkpoint {name!r} has no parent")
+        return self.checkpoint(parent)
+
+    def delete(self, name: str, **options: Any) -> tuple[str, ...]:
+        self._note("delete", name, **options)
+        return (name, "c3")
+
+    def redefine(self, document: str, **options: Any) -> CheckpointView:
+        self._note("redefine", document, **options)
+        return checkpoint("c9")
+
+    def adopt(self) -> tuple[CheckpointView, ...]:
+        self._note("adopt")
+        return (checkpoint("v1"), checkpoint("v2", "v1"))
+
+    def diff(self, start: str, end: str | None = None) -> DiffView:
+        self._note("diff", start, end)
+        return DIFF
+
+    def plan_create(self, name: str | None = None, **options: Any) -> Plan:
+        self._note("plan_create", name, **options)
+        return PLAN
+
+    def plan_delete(self, name: str, **options: Any) -> Plan:
+        self._note("plan_delete", name, **options)
+        return PLAN
+
+    def plan_redefine(self, document: str, **options: Any) -> Plan:
+        self._note("plan_redefine", document, **options)
+        return PLAN
+
+    def plan_adopt(self) -> Plan:
+        self._note("plan_adopt")
+        return PLAN
+
+
+@dataclass
+class Host:
+    """Stands where ckptmgr.manager.Host does; knows one domain."""
+
+    only: Domain
+    sessions: list[Session] = field(default_factory=list)
+    closed: int = 0
+    fails: CkptmgrError | None = None
+
+    def domain(self, name: str) -> Domain:
+        if name != "web":
+            raise NoDomain(f"there is no domain {name!r}", hint="virsh list --all")
+        return self.only
+
+    def domain_names(self) -> list[str]:
+        return ["web", "my vm", "a,b", "$(reboot)"]
+
+
+def answering(host: Host) -> Callable[[Session], AbstractContextManager[Host]]:
+    """What stands where Session.host does."""
+
+    @contextmanager
+    def connect(session: Session) -> Iterator[Host]:
+        host.sessions.append(session)
+        if host.fails is not None:
+            raise host.fails
+        try:
+            yield host
+        finally:
+            host.closed += 1
+
+    return connect
+
+
+@pytest.fixture(name="host")
+def host_fixture(monkeypatch: pytest.MonkeyPatch) -> Host:
+    """The hypervisor that every command of this test talks to."""
+    host = Host(Domain(FORK))
+    monkeypatch.setattr(Session, "host", answering(host))
+    return host
+
+
+if __name__ == "__main__":  # stands where the ckptmgr of a shell does
+    from ckptmgr.cli import main
+
+    Session.host = answering(Host(Domain(FORK)))  # type: ignore[method-assign, assignment]
+    sys.exit(main())

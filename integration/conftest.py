@@ -1,0 +1,158 @@
+"""Fixtures of the integration tests: private libvirts, and machines in them.
+
+``embedded``   qemu:///embed in this process
+``daemon``     a libvirtd of our own, which virsh and the command line reach as well
+``stand``      the private libvirt of this run, whichever that is
+``stack``      a libvirt and QEMU of another release, each in turn; ``stacks(name)`` gives one
+``make_vm``    ``make_vm(disks, ...)`` -> Machine on the embedded stand; ended after the test
+``make_vm_on`` ``make_vm_on(stand, disks, ...)``, the same on any stand
+
+One process cannot have both an embedded libvirt and others, so there are several runs:
+
+    pytest integration                   needs no stand, ``embedded`` or ``stand``
+    pytest integration --stand daemon    needs ``daemon`` or ``stand``
+    pytest integration --stand stacks    needs ``stack`` or ``stacks``
+    pytest integration --stand debian11  needs ``stack`` or ``stand``, on that stack alone
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from integration.stacks import RELEASES, table
+from integration.stacks.fixtures import stack, stacks
+from integration.stacks.table import cell
+from integration.stand import (
+    Daemon,
+    Embedded,
+    Machine,
+    Stand,
+    StandError,
+    Workspace,
+    adopt,
+    private_mounts,
+    reap,
+)
+
+__all__ = ["cell", "stack", "stacks"]
+
+MakeMachine = Callable[..., Machine]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stand",
+        choices=["embedded", "daemon", "stacks", *RELEASES],
+        default="embedded",
+        help="which private libvirt the integration tests run on",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare this process while it has no threads yet."""
+    config.addinivalue_line("markers", "scenario(name): the test's row in the table of the stacks")
+    if config.getoption("--stand") == "daemon" and os.geteuid() == 0:
+        try:
+            private_mounts()
+        except StandError as reason:
+            # in some containers; the tests themselves tell that they cannot run
+            print(f"no private mounts: {reason}", file=sys.stderr)
+    adopt()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of this run's stand; see the module's docstring."""
+    stand = config.getoption("--stand")
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
+    for item in items:
+        (kept if _belongs(item, stand) else dropped).append(item)
+        table.mark(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+def _belongs(item: pytest.Item, stand: str) -> bool:
+    needs = set(getattr(item, "fixturenames", ()))
+    if stand == "embedded":
+        return not needs & {"daemon", "stacks"}
+    if stand == "daemon":
+        return bool(needs & {"daemon", "stand"})
+    if stand == "stacks":
+        return "stacks" in needs
+    callspec = getattr(item, "callspec", None)
+    return "stand" in needs or (callspec is not None and callspec.params.get("stack") == stand)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    table.show(terminalreporter)
+
+
+@pytest.fixture(scope="session")
+def workspace() -> Iterator[Workspace]:
+    """The folder of this run.  Fails at the end if a process of ours is left."""
+    reap()
+    with Workspace() as workspace:
+        yield workspace
+        left = workspace.running()
+    assert not left, f"processes that the tests left behind (ended now): {left}"
+
+
+@pytest.fixture(scope="session")
+def embedded(workspace: Workspace) -> Iterator[Embedded]:
+    """The embedded libvirt of this process."""
+    stand = Embedded(workspace)
+    yield stand
+    stand.close()
+
+
+@pytest.fixture(scope="session")
+def daemon(workspace: Workspace) -> Iterator[Daemon]:
+    """A libvirtd of our own."""
+    try:
+        stand = Daemon(workspace)
+    except StandError as reason:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no libvirtd of our own here: {reason}")
+    yield stand
+    stand.close()
+
+
+@pytest.fixture
+def stand(request: pytest.FixtureRequest) -> Stand:
+    """The stand of this run."""
+    name = request.config.getoption("--stand")
+    if name in RELEASES:
+        on_stack: Stand = request.getfixturevalue("stacks")(name)
+        return on_stack
+    found: Stand = request.getfixturevalue(name)
+    return found
+
+
+@pytest.fixture
+def make_vm_on() -> Iterator[MakeMachine]:
+    """Machines on any stand: ``make_vm_on(stand, disks, ...)``, as ``Machine``."""
+    with contextlib.ExitStack() as machines:
+
+        def make(stand: Stand, *arguments: object, **options: object) -> Machine:
+            machine = Machine(stand, *arguments, **options)  # type: ignore[arg-type]
+            machines.callback(machine.destroy)
+            return machine
+
+        yield make
+
+
+@pytest.fixture
+def make_vm(embedded: Embedded, make_vm_on: MakeMachine) -> MakeMachine:
+    """Machines on the embedded stand: ``make_vm(disks, ...)``, as ``Machine``."""
+
+    def make(*arguments: object, **options: object) -> Machine:
+        return make_vm_on(embedded, *arguments, **options)
+
+    return make

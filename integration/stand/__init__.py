@@ -1,0 +1,28 @@
+"""The test stand: throw-away libvirts with small machines in them, and no trace afterwards.
+
+``Workspace`` is the folder that everything lives in, ``Embedded`` and ``Daemon`` are two ways
+to have a private libvirt, ``Machine`` is a domain of one of them with its images.
+"""
+
+from .guest import Guest
+from .images import MIB, DiskSpec, rounded
+from .libvirts import Daemon, Embedded, Stand, StandError, private_mounts
+from .machine import Machine
+from .orphans import adopt
+from .workspace import Workspace, reap
+
+__all__ = [
+    "MIB",
+    "Daemon",
+    "DiskSpec",
+    "Embedded",
+    "Guest",
+    "Machine",
+    "Stand",
+    "StandError",
+    "Workspace",
+    "adopt",
+    "private_mounts",
+    "reap",
+    "rounded",
+]

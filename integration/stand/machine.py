@@ -1,0 +1,300 @@
+"""A domain without a guest: its disks are written through the devices' own block backends."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape, quoteattr
+
+import libvirt
+import libvirt_qemu
+from lxml import etree
+
+from .accel import domain_type
+from .images import DiskSpec, info
+from .libvirts import Stand
+
+_numbers = itertools.count(1)
+
+_UNDEFINE = (
+    libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+    | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+)
+
+
+def domain_xml(
+    name: str,
+    disks: Sequence[DiskSpec],
+    images: Mapping[str, Path],
+    *,
+    memory: int = 64,
+    machine: str = "pc",
+    os_elements: str = "",
+    devices: str = "",
+    elements: str = "",
+    commandline: Sequence[str] = (),
+) -> str:
+    """The XML of a small domain; the arguments are those of ``Machine``."""
+    scsi = any(disk.on_bus == "scsi" for disk in disks)
+    controller = "<controller type='scsi' index='0' model='virtio-scsi'/>" if scsi else ""
+    if commandline:
+        arguments = "".join(f"<qemu:arg value={quoteattr(each)}/>" for each in commandline)
+        elements += f"<qemu:commandline>{arguments}</qemu:commandline>"
+    return f"""\
+<domain type='{domain_type()}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>{escape(name)}</name>
+  <memory unit='MiB'>{memory}</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='{machine}'>hvm</type>{os_elements}</os>
+  <features><acpi/></features>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    {"".join(_disk_xml(disk, images.get(disk.target)) for disk in disks)}
+    {controller}
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+    {devices}
+  </devices>
+  {elements}
+</domain>"""
+
+
+def _disk_xml(disk: DiskSpec, image: Path | None) -> str:
+    source = "" if image is None else f"<source file={quoteattr(str(image))}/>"
+    wanted = {
+        "readonly": disk.read_only,
+        "shareable": disk.shareable,
+        "transient": disk.transient,
+    }
+    flags = "".join(f"<{name}/>" for name, is_wanted in wanted.items() if is_wanted)
+    return (
+        f"<disk type='file' device='{disk.device}'>"
+        f"<driver name='qemu' type='{disk.format}'/>{source}"
+        f"<target dev='{disk.target}' bus='{disk.on_bus}'/>{flags}</disk>"
+    )
+
+
+class Machine:
+    """A domain of a stand and its images; ``destroy`` leaves nothing of either.
+
+    images -- target -> path of the top image (no entry for an empty drive)
+    writes -- target -> the (offset, length) ranges written through ``write``, in order
+    """
+
+    def __init__(
+        self,
+        stand: Stand,
+        disks: Sequence[DiskSpec] = (DiskSpec(),),
+        *,
+        name: str | None = None,
+        state: str = "paused",
+        memory: int = 64,
+        machine: str = "pc",
+        os_elements: str = "",
+        devices: str = "",
+        elements: str = "",
+        commandline: Sequence[str] = (),
+        transient: bool = False,
+    ) -> None:
+        """Define and start a machine.
+
+        state -- paused, running or stopped
+        memory -- MiB
+        os_elements, devices, elements -- XML to go into <os>, <devices> and <domain>
+        commandline -- further arguments of QEMU (qemu:commandline)
+        transient -- started without being defined
+        """
+        self.stand = stand
+        self.name = f"vm{next(_numbers)}" if name is None else name
+        self.disks = tuple(disks)
+        self.folder = stand.workspace.folder("i")
+        self.images: dict[str, Path] = {}
+        for disk in self.disks:
+            path = disk.make(self.folder)
+            if path is not None:
+                self.images[disk.target] = path
+        self.writes: dict[str, list[tuple[int, int]]] = {disk.target: [] for disk in self.disks}
+        self.xml = domain_xml(
+            self.name,
+            self.disks,
+            self.images,
+            memory=memory,
+            machine=machine,
+            os_elements=os_elements,
+            devices=devices,
+            elements=elements,
+            commandline=commandline,
+        )
+        self.domain: libvirt.virDomain
+        if transient:
+            flags = libvirt.VIR_DOMAIN_START_PAUSED if state == "paused" else 0
+            self.domain = stand.handle.createXML(self.xml, flags)
+            self._record()
+            return
+        self.domain = stand.handle.defineXML(self.xml)
+        if state != "stopped":
+            self.start(paused=state == "paused")
+
+    # --- life ---------------------------------------------------------------------------------
+
+    @property
+    def uri(self) -> str:
+        """URI of the machine's libvirt."""
+        return self.stand.uri
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a QEMU."""
+        return bool(self.domain.isActive())
+
+    @property
+    def pid(self) -> int:
+        """Process id of the machine's QEMU."""
+        return self.stand.pid_of(self.name)
+
+    def _record(self) -> None:
+        self.stand.workspace.record(self.pid)
+
+    def start(self, *, paused: bool = True) -> None:
+        """Start the machine."""
+        self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
+        self._record()
+
+    def resume(self) -> None:
+        """Let the processors run."""
+        self.domain.resume()
+
+    def stop(self) -> None:
+        """Switch the machine off; QEMU closes its images properly."""
+        self.domain.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_GRACEFUL)
+
+    def kill(self) -> None:
+        """``kill -9`` of QEMU, as a crash of the host would; returns when libvirt knows."""
+        os.kill(self.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while self.domain.isActive():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"libvirt has not noticed that {self.name} was killed")
+            time.sleep(0.02)
+
+    def destroy(self) -> None:
+        """End the machine and let libvirt forget it."""
+        with contextlib.suppress(libvirt.libvirtError):
+            self.domain.destroy()
+        with contextlib.suppress(libvirt.libvirtError):
+            self.domain.undefineFlags(_UNDEFINE)
+
+    # --- the monitor --------------------------------------------------------------------------
+
+    def qmp(self, execute: str, **arguments: Any) -> Any:
+        """Run a QMP command; names with a dash are given with an underscore."""
+        given = {name.replace("_", "-"): value for name, value in arguments.items()}
+        command = json.dumps({"execute": execute, "arguments": given})
+        flags = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_DEFAULT
+        answer = json.loads(libvirt_qemu.qemuMonitorCommand(self.domain, command, flags))
+        if "error" in answer:
+            raise RuntimeError(f"{execute}: {answer['error']['desc']}")
+        return answer["return"]
+
+    def hmp(self, line: str) -> str:
+        """Run a line of the human monitor and return what it printed."""
+        flags = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+        printed: str = libvirt_qemu.qemuMonitorCommand(self.domain, line, flags)
+        return printed
+
+    # --- the disks ----------------------------------------------------------------------------
+
+    def _live_disk(self, target: str) -> etree._Element:
+        found = etree.fromstring(self.domain.XMLDesc()).xpath(
+            "devices/disk[target/@dev=$target]", target=target
+        )
+        assert isinstance(found, list)
+        disk = found[0]
+        assert isinstance(disk, etree._Element)
+        return disk
+
+    def node(self, target: str) -> str:
+        """Node name of the disk's top layer, as libvirt assigned it."""
+        source = self._live_disk(target).find("source")
+        assert source is not None
+        return f"libvirt-{source.get('index')}-format"
+
+    def _device(self, target: str) -> str:
+        alias_element = self._live_disk(target).find("alias")
+        assert alias_element is not None
+        alias = f"/machine/peripheral/{alias_element.get('name')}"
+        virtio = next(disk for disk in self.disks if disk.target == target).on_bus == "virtio"
+        return f"{alias}/virtio-backend" if virtio else alias
+
+    def _format(self, target: str) -> str:
+        return next(disk.format for disk in self.disks if disk.target == target)
+
+    def _flush(self, target: str) -> None:
+        if self.active:
+            self.hmp(f'qemu-io -d {self._device(target)} "flush"')
+
+    def _qemu_io(self, target: str, command: str, *options: str) -> str:
+        done = subprocess.run(
+            ["qemu-io", *options, "-f", self._format(target), "-c", command, self.images[target]],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout + done.stderr
+
+    def write(self, target: str, offset: int, length: int, pattern: int = 0xA5) -> None:
+        """Write `length` bytes of `pattern` at `offset`: through the device, or to the image.
+
+        Raises RuntimeError if they cannot be read back: the monitor's qemu-io reports no error.
+        """
+        command = f"write -P {pattern:#04x} {offset} {length}"
+        if self.active:
+            printed = self.hmp(f'qemu-io -d {self._device(target)} "{command}"')
+        else:
+            printed = self._qemu_io(target, command)
+        if not self.holds(target, offset, length, pattern):
+            raise RuntimeError(f"write to {target} of {self.name} failed: {printed.strip()}")
+        self.writes[target].append((offset, length))
+
+    def holds(self, target: str, offset: int, length: int, pattern: int) -> bool:
+        """Whether every byte there is `pattern`."""
+        self._flush(target)
+        printed = self._qemu_io(target, f"read -P {pattern:#04x} {offset} {length}", "-r", "-U")
+        if not re.search(rf"read {length}/{length} bytes", printed):
+            raise RuntimeError(f"read of {target} of {self.name}: {printed.strip()}")
+        return "Pattern verification failed" not in printed
+
+    def contents(self, target: str) -> bytes:
+        """Every byte of the disk as the guest would read it."""
+        self._flush(target)
+        with tempfile.NamedTemporaryFile(dir=self.folder) as copy:
+            command = ["qemu-img", "convert", "-U", "-f", self._format(target), "-O", "raw"]
+            subprocess.run([*command, str(self.images[target]), copy.name], check=True)
+            return Path(copy.name).read_bytes()
+
+    def bitmaps(self, target: str) -> dict[str, dict[str, Any]]:
+        """The bitmaps on the disk's top layer, name -> what QEMU (or, stopped, qemu-img) says.
+
+        Of a running machine the entries are QMP's BlockDirtyInfo (``count``, ``recording``, ...),
+        of a stopped one those of ``qemu-img info`` (``flags``, ``granularity``).
+        """
+        if not self.active:
+            specific = info(self.images[target]).get("format-specific", {}).get("data", {})
+            return {entry["name"]: entry for entry in specific.get("bitmaps", [])}
+        name = self.node(target)
+        for node in self.qmp("query-named-block-nodes", flat=True):
+            if node["node-name"] == name:
+                return {entry["name"]: entry for entry in node.get("dirty-bitmaps", [])}
+        raise RuntimeError(f"{self.name} has no node {name}")

@@ -18,6 +18,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .align import DiskRequest, parse_disk_spec
     from .checkpoint import EngineName, State
+    from .consistency import Finding
     from .dirtymap import DirtyMap
     from .errors import (
         BitmapBroken,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         NoCheckpoint,
         NodeUnknown,
         NoDomain,
+        NoSnapshot,
         OperationFailed,
         ReadOnlyConnection,
         StoreDamaged,
@@ -39,7 +41,16 @@ if TYPE_CHECKING:
     )
     from .manager import Domain, Host, connect
     from .plan.steps import Plan
-    from .views import CheckpointView, DiffView, DiskDiff, DiskView, DomainView, ListView
+    from .views import (
+        CheckpointView,
+        DiffView,
+        DiskDiff,
+        DiskView,
+        DomainView,
+        ListView,
+        PlaceView,
+        SnapshotView,
+    )
 
 __all__ = [
     "BitmapBroken",
@@ -56,6 +67,7 @@ __all__ = [
     "Domain",
     "DomainView",
     "EngineName",
+    "Finding",
     "GuestAgentFailed",
     "Host",
     "InvalidDocument",
@@ -63,10 +75,13 @@ __all__ = [
     "ListView",
     "NoCheckpoint",
     "NoDomain",
+    "NoSnapshot",
     "NodeUnknown",
     "OperationFailed",
+    "PlaceView",
     "Plan",
     "ReadOnlyConnection",
+    "SnapshotView",
     "State",
     "StoreDamaged",
     "StoreFailed",
@@ -79,10 +94,20 @@ __all__ = [
 _ELSEWHERE = {
     ".align": ("DiskRequest", "parse_disk_spec"),
     ".checkpoint": ("EngineName", "State"),
+    ".consistency": ("Finding",),
     ".dirtymap": ("DirtyMap",),
     ".manager": ("Domain", "Host", "connect"),
     ".plan.steps": ("Plan",),
-    ".views": ("CheckpointView", "DiffView", "DiskDiff", "DiskView", "DomainView", "ListView"),
+    ".views": (
+        "CheckpointView",
+        "DiffView",
+        "DiskDiff",
+        "DiskView",
+        "DomainView",
+        "ListView",
+        "PlaceView",
+        "SnapshotView",
+    ),
 }
 _MODULES = {name: module for module, names in _ELSEWHERE.items() for name in names}
 

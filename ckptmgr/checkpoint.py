@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from .errors import InvalidRequest
@@ -100,6 +101,20 @@ class Checkpoint:
     def disk(self, name: str) -> CheckpointDisk | None:
         """The disk with target `name`, or None."""
         return next((disk for disk in self.disks if disk.name == name), None)
+
+
+def archived(checkpoint: Checkpoint, targets: Iterable[str]) -> Checkpoint:
+    """`checkpoint` when its bitmaps on `targets` are gone."""
+    gone = set(targets)
+    return replace(
+        checkpoint,
+        disks=tuple(
+            replace(disk, state=State.ARCHIVED)
+            if disk.name in gone and disk.bitmap is not None
+            else disk
+            for disk in checkpoint.disks
+        ),
+    )
 
 
 def check_name(name: str) -> str:

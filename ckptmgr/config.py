@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
@@ -31,6 +30,13 @@ class Settings:
     store -- the metadata directory
     socket_directory -- where QEMU may bind a socket and this process can reach it; by default
         libvirt's own folder of the running domain, which stock security policies allow
+    nbd_address -- the address of a hypervisor elsewhere at which its libvirt is to serve dirty
+        bitmaps while one is read; None: no port is ever opened
+    nbd_port -- the TCP port for that
+    nbd_tls -- whether both sides prove who they are, and nobody else can read
+    nbd_scratch -- a folder of that machine where libvirt may make files for as long
+    nbd_certificates -- our folder with ca-cert.pem, client-cert.pem and client-key.pem; by default
+        where libnbd looks
     lock_timeout -- seconds to wait for another process that works on the same domain
     freeze_timeout -- seconds that file systems may take to freeze and may stay frozen
     keep_bitmaps -- how many bitmaps each disk keeps when a checkpoint is made; the older ones
@@ -39,6 +45,11 @@ class Settings:
 
     store: Path | None = None
     socket_directory: Path | None = None
+    nbd_address: str | None = None
+    nbd_port: int = 10809
+    nbd_tls: bool = True
+    nbd_scratch: Path = Path("/var/lib/libvirt/qemu")
+    nbd_certificates: Path | None = None
     lock_timeout: float = 30.0
     freeze_timeout: float = 10.0
     keep_bitmaps: int = 0
@@ -65,7 +76,13 @@ def store_directory(
 def settings_file(
     driver: Driver, embedded_root: Path | None, environment: Mapping[str, str] = os.environ
 ) -> Path:
-    """Where the settings of a driver are: beside libvirt's own configuration."""
+    """Where the settings of a driver are: beside libvirt's own configuration.
+
+    ``CKPTMGR_CONFIG`` names another file.
+    """
+    chosen = environment.get("CKPTMGR_CONFIG")
+    if chosen:
+        return Path(chosen)
     if driver is Driver.EMBEDDED and embedded_root is not None:
         return embedded_root / "etc" / "ckptmgr.toml"
     if driver is Driver.SESSION:
@@ -73,16 +90,22 @@ def settings_file(
     return SYSTEM_SETTINGS
 
 
-def read_settings(path: Path) -> Settings:
-    """Read a settings file; a missing one gives the defaults.
+def read_settings(path: Path, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read a settings file; a missing one gives the defaults, unless ``CKPTMGR_CONFIG`` names it.
 
     Raises InvalidRequest for one that cannot be read, an unknown key or a wrong type.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return Settings()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, FileNotFoundError) and not environment.get("CKPTMGR_CONFIG"):
+            return Settings()
+        raise InvalidRequest(f"the settings {path} cannot be read: {error}") from error
+    import tomllib  # most have no settings file
+
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise InvalidRequest(f"the settings {path} cannot be read: {error}") from error
     return _parse(document, path)
 
@@ -95,7 +118,7 @@ def _parse(document: Mapping[str, object], path: Path) -> Settings:
             raise InvalidRequest(
                 f"{path}: there is no setting {key!r}", hint=f"settings: {', '.join(sorted(known))}"
             )
-        if key in ("store", "socket_directory"):
+        if key in ("store", "socket_directory", "nbd_scratch", "nbd_certificates"):
             if not isinstance(value, str) or not Path(value).is_absolute():
                 raise InvalidRequest(f"{path}: {key} must be an absolute path, not {value!r}")
             settings = replace(settings, **{key: Path(value)})  # type: ignore[arg-type]
@@ -103,6 +126,18 @@ def _parse(document: Mapping[str, object], path: Path) -> Settings:
             if type(value) is not int or value < 0:
                 raise InvalidRequest(f"{path}: {key} must be a whole number, not {value!r}")
             settings = replace(settings, keep_bitmaps=value)
+        elif key == "nbd_address":
+            if not isinstance(value, str) or not value.isprintable() or value.split() != [value]:
+                raise InvalidRequest(f"{path}: {key} must be a name or an address, not {value!r}")
+            settings = replace(settings, nbd_address=value)
+        elif key == "nbd_port":
+            if type(value) is not int or not 0 < value < 65536:
+                raise InvalidRequest(f"{path}: {key} must be a port, 1 to 65535, not {value!r}")
+            settings = replace(settings, nbd_port=value)
+        elif key == "nbd_tls":
+            if not isinstance(value, bool):
+                raise InvalidRequest(f"{path}: {key} must be true or false, not {value!r}")
+            settings = replace(settings, nbd_tls=value)
         else:
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise InvalidRequest(f"{path}: {key} must be a number of seconds, not {value!r}")

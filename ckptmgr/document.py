@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from lxml import etree
 
@@ -41,11 +40,12 @@ from .errors import InvalidDocument, InvalidRequest
 
 _OURS = f"{{{xml.NAMESPACE}}}"
 _LIBVIRT_ELEMENTS = ("name", "description", "parent", "creationTime", "disks", "domain")
+_ENGINES, _STATES = tuple(EngineName), tuple(State)
 _NUMBER_MAX = 2**63 - 1
 _TIME_MAX = 253402300799  # the end of the year 9999, the last that RFC 3339 can write
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _MAP_DIGEST = re.compile(r"[0-9a-f]{64}")
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_NOT_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 """What is not a Char of XML 1.0, section 2.2."""
 
 _LEAD = re.compile(r"\A\ufeff?\s*(?:<\?xml\b.*?\?>)?\s*(?:<!--.*?-->\s*)*", re.DOTALL)
@@ -226,13 +226,21 @@ def _serialized(element: etree._Element) -> str:
 
 def parse_store(text: str | bytes, *, what: str = "the checkpoint's document") -> Checkpoint:
     """The checkpoint that `format_store` wrote.  Raises InvalidDocument for anything else."""
+    return _stored(text, what, None)
+
+
+def _stored(text: str | bytes, what: str, domain_xml: str | None) -> Checkpoint:
+    """The checkpoint in `text`, of which <domain> was taken out before if `domain_xml` is given."""
     root, fields = _parse(text, what)
     ours = fields.get(f"{_OURS}checkpoint")
     if ours is None:
         raise InvalidDocument(f"{what} has no <ckptmgr:checkpoint>")
-    engine = _known(ours, _take(ours, ("engine",)), "engine", tuple(EngineName))
+    engine = _known(ours, _take(ours, ("engine",)), "engine", _ENGINES)
     disks = tuple(_parse_disk(element) for element in ours)
-    checkpoint = _checkpoint(text, root, fields, EngineName(engine), disks, what)
+    domain = fields.get("domain")
+    if domain is not None:
+        domain_xml = _domain_text(text, root, domain)
+    checkpoint = _checkpoint(fields, EngineName(engine), disks, domain_xml, what)
     shown = [(disk.name, _libvirt_bitmap(disk)) for disk in disks]
     if _parse_libvirt_disks(fields.get("disks"), checkpoint.name) != shown:
         raise InvalidDocument(f"{what}: <disks> and <ckptmgr:checkpoint> contradict each other")
@@ -250,8 +258,7 @@ def parse_sealed(text: str, *, what: str = "the checkpoint's document") -> Check
     if start is None or end < start.start():
         return parse_store(text, what=what)
     end += len(_DOMAIN_END)
-    checkpoint = parse_store(text[: start.start()] + text[end:], what=what)
-    return replace(checkpoint, domain_xml=text[start.start() : end])
+    return _stored(text[: start.start()] + text[end:], what, text[start.start() : end])
 
 
 def parse_libvirt(text: str | bytes, *, what: str = "the document") -> Checkpoint:
@@ -270,7 +277,9 @@ def parse_libvirt(text: str | bytes, *, what: str = "the document") -> Checkpoin
         else CheckpointDisk(disk, bitmap=bitmap, state=State.RECORDING)
         for disk, bitmap in _parse_libvirt_disks(fields.get("disks"), name)
     )
-    return _checkpoint(text, root, fields, EngineName.LIBVIRT, disks, what)
+    domain = fields.get("domain")
+    domain_xml = None if domain is None else _domain_text(text, root, domain)
+    return _checkpoint(fields, EngineName.LIBVIRT, disks, domain_xml, what)
 
 
 def bitmap_sizes(text: str | bytes, *, what: str = "the document") -> dict[str, int]:
@@ -302,11 +311,10 @@ def _parse(text: str | bytes, what: str) -> tuple[etree._Element, dict[str, etre
 
 
 def _checkpoint(
-    text: str | bytes,
-    root: etree._Element,
     fields: dict[str, etree._Element],
     engine: EngineName,
     disks: tuple[CheckpointDisk, ...],
+    domain_xml: str | None,
     what: str,
 ) -> Checkpoint:
     """The parts that both kinds of document share, and the checks of the whole."""
@@ -316,7 +324,6 @@ def _checkpoint(
     if parent is not None and [element.tag for element in parent] != ["name"]:
         raise InvalidDocument(f"{what}: <parent> must hold one <name>")
     description = fields.get("description")
-    domain = fields.get("domain")
     checkpoint = Checkpoint(
         name=_name(fields, what),
         created=_number(_content(fields["creationTime"]).strip(), "creationTime"),
@@ -324,7 +331,7 @@ def _checkpoint(
         engine=engine,
         disks=disks,
         description=None if description is None else _content(description) or None,
-        domain_xml=None if domain is None else _domain_text(text, root, domain),
+        domain_xml=domain_xml,
     )
     if (fault := _fault(checkpoint)) is not None:
         raise InvalidDocument(f"{what}: {fault}")
@@ -360,7 +367,7 @@ def _parse_disk(element: etree._Element) -> CheckpointDisk:
         persistent=persistent == "yes",
         size=None if size is None else _number(size, "size"),
         source=values.get("source"),
-        state=State(_known(element, values, "state", tuple(State))),
+        state=State(_known(element, values, "state", _STATES)),
         reason=values.get("reason"),
         interval=_parse_interval(element),
     )

@@ -105,6 +105,13 @@ class NoCheckpoint(CkptmgrError):
     exit_status = 3
 
 
+class NoSnapshot(CkptmgrError):
+    """The domain has no snapshot of that name."""
+
+    code = "no-snapshot"
+    exit_status = 3
+
+
 class Busy(CkptmgrError):
     """A lock is held or a job is running; trying again later may work."""
 

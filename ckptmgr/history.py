@@ -112,6 +112,13 @@ class History:
         """The checkpoints without children, in topological order."""
         return tuple(name for name in self.topological() if not self._children[name])
 
+    def newest(self) -> str | None:
+        """The leaf that was made last; None where there is no checkpoint."""
+        order = {name: place for place, name in enumerate(self._order)}
+        return max(
+            self.leaves(), key=lambda name: (self.get(name).created, order[name]), default=None
+        )
+
     def topological(self) -> tuple[str, ...]:
         """All of them depth first, parents before children, siblings by time of creation."""
         return self._order

@@ -31,7 +31,7 @@ from .operation.listing import recorded_disks, select, view
 from .operation.observation import observe
 from .operation.session import Session
 from .store import Store
-from .views import CheckpointView, DiffView, DomainView, ListView
+from .views import CheckpointView, DiffView, DomainView, ListView, SnapshotView
 
 if TYPE_CHECKING:
     from .align import DiskRequest
@@ -282,6 +282,86 @@ class Domain:
         """
         return operation.repair.repair(self._now, foreign=foreign)
 
+    def plan_repair(self, *, foreign: bool = False) -> Plan:
+        """What repair() would do about what check() finds now; cures may bring up more."""
+        return operation.repair.plan_repair(self._now, foreign=foreign)
+
+    # --- snapshots ---------------------------------------------------------------------------
+
+    @_names_domain
+    def create_snapshot(
+        self,
+        name: str | None = None,
+        *,
+        description: str | None = None,
+        disk_only: bool = False,
+        checkpoint: bool = False,
+    ) -> SnapshotView:
+        """Take a libvirt snapshot, which carries the marker of the current checkpoint.
+
+        disk_only -- without the memory of a running domain, in external files
+        checkpoint -- with a checkpoint of the same instant: the guest is paused for both
+        """
+        request = operation.snapshotting.Request(name, description, disk_only, checkpoint)
+        return operation.snapshotting.create(self._now, request)
+
+    @_names_domain
+    def plan_create_snapshot(
+        self,
+        name: str | None = None,
+        *,
+        description: str | None = None,
+        disk_only: bool = False,
+        checkpoint: bool = False,
+    ) -> Plan:
+        """What create_snapshot() would do."""
+        request = operation.snapshotting.Request(name, description, disk_only, checkpoint)
+        return operation.snapshotting.plan_create(self._now, request)
+
+    @_names_domain
+    def revert_snapshot(self, name: str, *, run: bool | None = None) -> CheckpointView:
+        """Go back to a snapshot; the history gets a branch there.
+
+        run -- True: let the domain run afterwards, False: leave it paused; default: the state
+               that it had
+
+        Returns the checkpoint of the state that came back, the current one from now on.
+        """
+        session = self._now
+        reverted = operation.reversion.revert(session, operation.reversion.Request(name, run))
+        return view(session.history(), reverted, session.view)
+
+    @_names_domain
+    def plan_revert_snapshot(self, name: str, *, run: bool | None = None) -> Plan:
+        """What revert_snapshot() would do."""
+        return operation.reversion.plan_revert(self._now, operation.reversion.Request(name, run))
+
+    @_names_domain
+    def delete_snapshot(
+        self, name: str, *, children: bool = False, metadata: bool = False
+    ) -> tuple[str, ...]:
+        """Delete a libvirt snapshot; the history of checkpoints stays as it is.
+
+        children -- with those taken after it; metadata -- forget it, but keep what it holds
+
+        Returns the names of what was deleted.
+        """
+        return operation.snapshotting.delete(self._now, name, children=children, metadata=metadata)
+
+    @_names_domain
+    def plan_delete_snapshot(
+        self, name: str, *, children: bool = False, metadata: bool = False
+    ) -> Plan:
+        """What delete_snapshot() would do."""
+        return operation.snapshotting.plan_delete(
+            self._now, name, children=children, metadata=metadata
+        )
+
+    @_names_domain
+    def snapshots(self) -> tuple[SnapshotView, ...]:
+        """The libvirt snapshots, and of each the checkpoint that was current then."""
+        return operation.snapshotting.listing(self._now)
+
     # --- questions ---------------------------------------------------------------------------
 
     @_names_domain
@@ -293,8 +373,11 @@ class Domain:
         start: str | None = None,
         descendants: bool = False,
         topological: bool = False,
+        snapshots: bool = False,
     ) -> ListView:
         """The checkpoints, chosen and sorted as by ``virsh checkpoint-list``.
+
+        snapshots -- with the domain's snapshots, and where it is now
 
         Their states are those recorded; checkpoint() looks.
         """
@@ -309,7 +392,8 @@ class Domain:
             topological=topological,
         )
         found = tuple(view(history, history.get(name), session.view) for name in names)
-        return ListView(session.view, history.current, found)
+        listed = ListView(session.view, history.current, found)
+        return operation.snapshotting.with_snapshots(session, listed) if snapshots else listed
 
     @_names_domain
     def checkpoint(self, name: str, *, size: bool = False) -> CheckpointView:

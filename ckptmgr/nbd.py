@@ -21,7 +21,7 @@ import nbd
 
 from .dirtymap import GRANULARITY_MIN, DirtyMap
 from .errors import BitmapBroken, OperationFailed
-from .plan.steps import Export
+from .plan.steps import Export, Server
 
 DIRTY = 1
 """NBD_STATE_DIRTY of the qemu:dirty-bitmap contexts."""
@@ -46,7 +46,7 @@ _PAUSE = 0.005
 
 
 def read_dirty_map(
-    socket: str,
+    server: Server,
     export: Export,
     *,
     check: Callable[[], None] = lambda: None,
@@ -61,7 +61,7 @@ def read_dirty_map(
     reached or does not answer in time.
     """
     try:
-        handle = _connect(socket, export, check, appear_timeout)
+        handle = _connect(server, export, check, appear_timeout)
         try:
             size = handle.get_size()
             extents = list(_dirty_extents(handle, export, size, answer_timeout))
@@ -69,7 +69,8 @@ def read_dirty_map(
             _disconnect(handle)
     except nbd.Error as error:
         raise OperationFailed(
-            f"reading the dirty bitmap of disk {export.disk} over NBD failed: {error.string}"
+            f"reading the dirty bitmap of disk {export.disk} over NBD failed: {error.string}",
+            hint=_hint(server),
         ) from error
     return dirty_map(export.granularity, size, extents)
 
@@ -107,7 +108,26 @@ def join(runs: Iterator[tuple[int, int, bool]]) -> Iterator[tuple[int, int]]:
         yield first, last - first
 
 
-def _connect(socket: str, export: Export, check: Callable[[], None], timeout: float) -> nbd.NBD:
+def _hint(server: Server) -> str | None:
+    if isinstance(server, str):
+        return None
+    tls = ", or a certificate on either side is not right (nbd_certificates)" if server.tls else ""
+    return f"is {server}, of nbd_address in ckptmgr.toml, reached from here? A firewall{tls}"
+
+
+def _begin(handle: nbd.NBD, server: Server) -> None:
+    if isinstance(server, str):
+        handle.aio_connect_unix(server)
+        return
+    if server.tls:
+        # never without, whatever the server says
+        handle.set_tls(nbd.TLS_REQUIRE)
+        if server.certificates is not None:
+            handle.set_tls_certificates(server.certificates)
+    handle.aio_connect_tcp(server.host, str(server.port))
+
+
+def _connect(server: Server, export: Export, check: Callable[[], None], timeout: float) -> nbd.NBD:
     """A handle on which the bitmap's context is negotiated.
 
     libvirt's exports appear after its server is up, and qemu-nbd's socket after its start; so a
@@ -119,13 +139,13 @@ def _connect(socket: str, export: Export, check: Callable[[], None], timeout: fl
         handle.set_export_name(export.name)
         handle.add_meta_context(export.context)
         try:
-            handle.aio_connect_unix(socket)
+            _begin(handle, server)
             while not handle.aio_is_ready():
                 _poll(handle, deadline, export)
         except nbd.Error as error:
             if error.errnum in (EACCES, EPERM):
                 raise OperationFailed(
-                    f"the socket {socket}, to read the dirty bitmap of disk {export.disk} from, "
+                    f"the socket {server}, to read the dirty bitmap of disk {export.disk} from, "
                     f"cannot be opened: {error.string}",
                     hint="run as root or as the user that QEMU runs as",
                 ) from error

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import EngineName, State
-from .dirtymap import DirtyMap
+
+if TYPE_CHECKING:
+    from .dirtymap import DirtyMap
 
 
 def timestamp(seconds: int) -> str:
@@ -92,20 +94,80 @@ class CheckpointView:
 
 
 @dataclass(frozen=True)
+class SnapshotView:
+    """A libvirt snapshot and its place in the history.
+
+    checkpoint -- the one that was current when it was taken: the parent of what comes after a
+                  revert to it; None: there was none
+    memory, disks -- no, internal or external
+    """
+
+    name: str
+    domain: DomainView
+    parent: str | None
+    checkpoint: str | None
+    created: int
+    current: bool
+    state: str
+    memory: str
+    disks: tuple[tuple[str, str], ...]
+
+    def json(self) -> dict[str, Any]:
+        """The entry of ``"snapshots"``."""
+        return {
+            "name": self.name,
+            "checkpoint": self.checkpoint,
+            "created": timestamp(self.created),
+            "current": self.current,
+            "parent": self.parent,
+            "state": self.state,
+            "memory": self.memory,
+            "disks": [{"name": name, "kind": kind} for name, kind in self.disks],
+        }
+
+
+@dataclass(frozen=True)
+class PlaceView:
+    """Where the domain is now.
+
+    checkpoint -- the one that it descends from; the current one, unless it went back behind our
+                  back; None: no checkpoint that is known
+    state -- running, paused, shut off, ...
+    """
+
+    checkpoint: str | None
+    state: str
+
+    def json(self) -> dict[str, Any]:
+        """``"now"`` of list --tree."""
+        return {"checkpoint": self.checkpoint, "state": self.state}
+
+
+@dataclass(frozen=True)
 class ListView:
-    """Checkpoints of a domain, in the order asked for."""
+    """Checkpoints of a domain, in the order asked for.
+
+    snapshots, place -- the domain's snapshots and where it is now; None: not asked for
+    """
 
     domain: DomainView
     current: str | None
     checkpoints: tuple[CheckpointView, ...]
+    snapshots: tuple[SnapshotView, ...] | None = None
+    place: PlaceView | None = None
 
     def json(self) -> dict[str, Any]:
         """The document of list."""
-        return {
+        document: dict[str, Any] = {
             "domain": self.domain.json(),
             "current": self.current,
             "checkpoints": [checkpoint.json() for checkpoint in self.checkpoints],
         }
+        if self.snapshots is not None:
+            document["snapshots"] = [snapshot.json() for snapshot in self.snapshots]
+        if self.place is not None:
+            document["now"] = self.place.json()
+        return document
 
 
 @dataclass(frozen=True)

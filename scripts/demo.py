@@ -24,7 +24,7 @@ from rich.console import Console
 from integration.stand import MIB, DiskSpec, Workspace, adopt, reap, rounded
 from integration.stand.accel import domain_type
 from integration.stand.guest import MEMORY, Boot, Shell
-from integration.stand.libvirts import QEMU_CONF
+from integration.stand.libvirts import qemu_conf
 from integration.stand.machine import domain_xml
 
 DISKS = (
@@ -53,7 +53,7 @@ class Demo:
     def start(self) -> None:
         """Define and start the VM, and wait until its Linux answers."""
         (self._root / "etc").mkdir()
-        (self._root / "etc/qemu.conf").write_text(QEMU_CONF)
+        (self._root / "etc/qemu.conf").write_text(qemu_conf())
         images = self._workspace.folder("i")
         paths = {disk.target: path for disk in DISKS if (path := disk.make(images))}
         boot = Boot.prepare(self._workspace.folder("g"))

@@ -15,10 +15,20 @@ from pyroaring import BitMap64
 
 from ckptmgr.checkpoint import EngineName, State
 from ckptmgr.cli.session import Session
+from ckptmgr.consistency import Finding, MarkBroken
 from ckptmgr.dirtymap import DirtyMap
 from ckptmgr.errors import CkptmgrError, NoCheckpoint, NoDomain
 from ckptmgr.plan.steps import CheckpointCreate, Plan
-from ckptmgr.views import CheckpointView, DiffView, DiskDiff, DiskView, DomainView, ListView
+from ckptmgr.views import (
+    CheckpointView,
+    DiffView,
+    DiskDiff,
+    DiskView,
+    DomainView,
+    ListView,
+    PlaceView,
+    SnapshotView,
+)
 
 KIB = 1024
 DOMAIN = DomainView("web", "6695eb01-f6a4-8304-79aa-97f2502e193f")
@@ -76,6 +86,31 @@ DIFF = DiffView(
 )
 PLAN = Plan(EngineName.LIBVIRT, (CheckpointCreate("<x/>"),), notes=("vdb is left out: raw",))
 
+FINDINGS = (
+    Finding(
+        "missing-bitmap",
+        "the bitmap of c4 on vda is missing",
+        "that is recorded",
+        disk="vda",
+        checkpoint="c4",
+        action=MarkBroken("c4", "vda", "its bitmap is missing", remove=False),
+    ),
+    Finding("disk-resized", "vda \x1b[31m has grown", "none is needed", "vda", harmless=True),
+)
+
+
+SNAPSHOT = SnapshotView(
+    name="before-update",
+    domain=DOMAIN,
+    parent=None,
+    checkpoint="c1",
+    created=NOON,
+    current=True,
+    state="running",
+    memory="internal",
+    disks=(("vda", "internal"), ("vdb", "no")),
+)
+
 
 @dataclass
 class Domain:
@@ -105,6 +140,8 @@ class Domain:
         shown = tuple(self.existing)
         if options.get("start"):
             shown = tuple(each for each in shown if each.name in ("c2", "c3"))
+        if options.get("snapshots"):
+            return ListView(DOMAIN, current, shown, (SNAPSHOT,), PlaceView(current, "running"))
         return ListView(DOMAIN, current, shown)
 
     def checkpoint(self, name: str, *, size: bool = False) -> CheckpointView:
@@ -147,6 +184,54 @@ class Domain:
     def diff(self, start: str, end: str | None = None) -> DiffView:
         self._note("diff", start, end)
         return DIFF
+
+    def check(self) -> tuple[Finding, ...]:
+        self._note("check")
+        return () if self.asked[0][0] == "repair" else FINDINGS
+
+    def repair(self, **options: Any) -> tuple[Finding, ...]:
+        self._note("repair", **options)
+        return FINDINGS[:1]
+
+    def archive(self, keep: int) -> dict[str, tuple[str, ...]]:
+        self._note("archive", keep)
+        return {"c1": ("vda", "vdb"), "c2": ("vda",)}
+
+    def create_snapshot(self, name: str | None = None, **options: Any) -> SnapshotView:
+        self._note("create_snapshot", name, **options)
+        return SNAPSHOT
+
+    def revert_snapshot(self, name: str, **options: Any) -> CheckpointView:
+        self._note("revert_snapshot", name, **options)
+        return checkpoint("c9", "c1")
+
+    def delete_snapshot(self, name: str, **options: Any) -> tuple[str, ...]:
+        self._note("delete_snapshot", name, **options)
+        return (name,)
+
+    def snapshots(self) -> tuple[SnapshotView, ...]:
+        self._note("snapshots")
+        return (SNAPSHOT,)
+
+    def plan_create_snapshot(self, name: str | None = None, **options: Any) -> Plan:
+        self._note("plan_create_snapshot", name, **options)
+        return PLAN
+
+    def plan_revert_snapshot(self, name: str, **options: Any) -> Plan:
+        self._note("plan_revert_snapshot", name, **options)
+        return PLAN
+
+    def plan_delete_snapshot(self, name: str, **options: Any) -> Plan:
+        self._note("plan_delete_snapshot", name, **options)
+        return PLAN
+
+    def plan_repair(self, **options: Any) -> Plan:
+        self._note("plan_repair", **options)
+        return PLAN
+
+    def plan_archive(self, keep: int) -> Plan:
+        self._note("plan_archive", keep)
+        return PLAN
 
     def plan_create(self, name: str | None = None, **options: Any) -> Plan:
         self._note("plan_create", name, **options)

@@ -14,7 +14,7 @@ from ckptmgr.align import DiskRequest
 from ckptmgr.cli import main
 from ckptmgr.cli.checkpoints import DOCUMENT_MAX
 
-from .cli_host import DIFF, DOMAIN, FORK, PLAN, Host, checkpoint, host_fixture
+from .cli_host import DIFF, DOMAIN, FINDINGS, FORK, PLAN, Host, checkpoint, host_fixture
 
 __all__ = ["host_fixture"]
 
@@ -65,6 +65,8 @@ def test_create_without_a_name_leaves_it_to_the_library(host: Host, capsys: Outp
         ["delete", "web", "c2", "--children"],
         ["redefine", "web", "-"],
         ["adopt", "web"],
+        ["repair", "web", "--foreign"],
+        ["archive", "web", "--keep", "3"],
     ],
     ids=" ".join,
 )
@@ -97,8 +99,11 @@ def test_a_dry_run_plans_and_does_nothing(
         (["--from", "c1"], {"start": "c1"}),
         (["--from", "c1", "--descendants"], {"start": "c1", "descendants": True}),
         (["--topological"], {"topological": True}),
-        (["--tree"], {}),
-        (["--tree", "--from", "c1"], {"start": "c1", "descendants": True}),
+        (["--tree"], {"snapshots": True}),
+        (
+            ["--tree", "--from", "c1"],
+            {"start": "c1", "descendants": True, "snapshots": True},
+        ),
     ],
     ids=str,
 )
@@ -112,6 +117,7 @@ def test_list_chooses_as_virsh_does(
         "start": None,
         "descendants": False,
         "topological": False,
+        "snapshots": False,
     }
     assert host.only.asked[0] == ("checkpoints", (), unasked | changed)
 
@@ -256,3 +262,53 @@ def test_diff_has_extents_only_when_asked(host: Host, capsys: Output) -> None:
     assert shown["disks"][0]["extents"] == [[0, 131072], [589824, 65536]]
     assert shown["disks"][1]["extents"] == [[0, 524288]]
     assert "0   131072   128 KiB" in "\n".join(lines(capsys, "diff", "web", "c0", "--extents"))
+
+
+def test_check_names_each_finding_with_its_cure_and_is_status_4(host: Host, capsys: Output) -> None:
+    assert lines(capsys, "check", "web", status=4) == [
+        "missing-bitmap: the bitmap of c4 on vda is missing",
+        "  cure: that is recorded",
+        "disk-resized: vda \\x1b[31m has grown",
+        "  cure: none is needed",
+        "1 finding needs a cure.",
+    ]
+    shown = document(capsys, "check", "web", status=4)
+    assert shown["consistent"] is False
+    assert [finding["code"] for finding in shown["findings"]] == ["missing-bitmap", "disk-resized"]
+
+
+def test_what_is_harmless_is_told_and_is_consistent(
+    host: Host, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.only, "check", lambda: FINDINGS[1:])
+    assert lines(capsys, "check", "web")[-1] == "consistent"
+    assert document(capsys, "check", "web")["consistent"] is True
+
+
+def test_repair_tells_what_was_cured_and_what_is_left(
+    host: Host, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cured = "cured missing-bitmap: the bitmap of c4 on vda is missing"
+    assert lines(capsys, "repair", "web", "--foreign") == [cured, "consistent"]
+    assert host.only.asked[0] == ("repair", (), {"foreign": True})
+    monkeypatch.setattr(host.only, "check", lambda: FINDINGS)
+    assert lines(capsys, "repair", "web", status=4)[:2] == [
+        cured,
+        "missing-bitmap: the bitmap of c4 on vda is missing",
+    ]
+    assert document(capsys, "repair", "web", status=4)["consistent"] is False
+
+
+def test_archive_prints_the_disks_whose_bitmaps_went(host: Host, capsys: Output) -> None:
+    assert lines(capsys, "archive", "web", "--keep", "2") == ["c1: vda vdb", "c2: vda"]
+    assert lines(capsys, "archive", "web")
+    assert host.only.asked == [("archive", (2,), {}), ("archive", (1,), {})]
+    assert document(capsys, "archive", "web")["archived"][1] == {
+        "checkpoint": "c2",
+        "disks": ["vda"],
+    }
+
+
+def test_archive_keeps_at_least_one(host: Host, capsys: Output) -> None:
+    assert main(["archive", "web", "--keep", "0"]) == 2
+    assert host.only.asked == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,17 +12,23 @@ from hypothesis import strategies as st
 from ckptmgr.checkpoint import State
 from ckptmgr.cli.terminal import PLAIN, Terminal
 from ckptmgr.cli.tree import tree
-from ckptmgr.views import CheckpointView
+from ckptmgr.views import CheckpointView, ListView, PlaceView
 
-from .cli_host import FORK, checkpoint, disk, forest
+from .cli_host import DOMAIN, FORK, SNAPSHOT, checkpoint, disk, forest
 
 DRAWN = Terminal(unicode=True)
 
 
-def drawn(checkpoints: list[CheckpointView], terminal: Terminal = PLAIN) -> str:
+def listed(checkpoints: list[CheckpointView], **more: Any) -> ListView:
+    current = next((each.name for each in checkpoints if each.current), None)
+    return ListView(DOMAIN, current, tuple(checkpoints), **more)
+
+
+def drawn(checkpoints: list[CheckpointView], terminal: Terminal = PLAIN, **more: Any) -> str:
     """The tree without its times."""
     lines = [
-        re.sub(r" {3,}\d{4}-\S+ \S+ [+-]\d{4}", "", line) for line in tree(checkpoints, terminal)
+        re.sub(r" {3,}\d{4}-\S+ \S+ [+-]\d{4}", "", line)
+        for line in tree(listed(checkpoints, **more), terminal)
     ]
     return "\n".join(lines)
 
@@ -64,12 +72,36 @@ def test_line_drawing_characters_where_they_can_be_shown() -> None:
     )
 
 
+def test_snapshots_hang_where_they_were_taken_and_the_domain_is_shown_where_it_is() -> None:
+    later = replace(SNAPSHOT, name="later")
+    before = replace(SNAPSHOT, name="old", checkpoint=None)
+    shown = drawn(FORK, snapshots=(SNAPSHOT, later, before), place=PlaceView("c4", "running"))
+    assert shown == (
+        """\
+o c0
+o c1   snapshots before-update, later
+|-o c2
+| o c3
+`-* c4   current   now: running
+
+snapshot old: after no checkpoint"""
+    )
+
+
+def test_a_domain_that_went_back_unnoticed_is_shown_where_it_really_is() -> None:
+    shown = drawn(FORK, snapshots=(), place=PlaceView("c1", "paused")).splitlines()
+    assert shown[1] == "o c1   now: paused"
+    assert shown[4] == "`-* c4   current"
+    shown = drawn(FORK, snapshots=(), place=PlaceView(None, "shut off")).splitlines()
+    assert shown[-1] == "now: shut off, after no checkpoint"
+
+
 def test_no_checkpoints_is_no_tree() -> None:
     assert drawn([]) == ""
 
 
 def test_times_and_notes_stand_in_columns() -> None:
-    lines = list(tree(FORK, PLAIN))
+    lines = list(tree(listed(FORK), PLAIN))
     assert len({line.index("2026-") for line in lines}) == 1
 
 
@@ -83,8 +115,8 @@ def test_a_checkpoint_whose_parent_is_not_shown_is_drawn_as_a_root() -> None:
 
 
 def test_colour_changes_no_text() -> None:
-    coloured = "\n".join(tree(FORK, Terminal(colour=True)))
-    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == "\n".join(tree(FORK, PLAIN))
+    coloured = "\n".join(tree(listed(FORK), Terminal(colour=True)))
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == "\n".join(tree(listed(FORK), PLAIN))
 
 
 @given(st.lists(st.integers(0, 40), max_size=40), st.permutations(range(40)))

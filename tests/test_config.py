@@ -47,8 +47,40 @@ def test_settings_lie_beside_libvirts_own(driver: Driver, root: str | None, path
     assert settings_file(driver, Path(root) if root else None, HOME) == Path(path)
 
 
+def test_a_settings_file_can_be_named() -> None:
+    chosen = {**HOME, "CKPTMGR_CONFIG": "/mine.toml"}
+    assert settings_file(Driver.SYSTEM, None, chosen) == Path("/mine.toml")
+    assert settings_file(Driver.EMBEDDED, Path("/r"), chosen) == Path("/mine.toml")
+
+
 def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
-    assert read_settings(tmp_path / "none.toml") == Settings()
+    assert read_settings(tmp_path / "none.toml", {}) == Settings()
+
+
+def test_a_file_that_was_named_has_to_be_there(tmp_path: Path) -> None:
+    path = tmp_path / "none.toml"
+    with pytest.raises(InvalidRequest, match=r"none\.toml"):
+        read_settings(path, {"CKPTMGR_CONFIG": str(path)})
+
+
+def test_no_port_is_opened_by_default_and_none_without_tls() -> None:
+    assert Settings().nbd_address is None
+    assert Settings().nbd_tls is True
+
+
+def test_settings_for_reading_over_the_network(tmp_path: Path) -> None:
+    file = tmp_path / "ckptmgr.toml"
+    file.write_text(
+        'nbd_address = "hv1.example"\nnbd_port = 10810\nnbd_tls = false\n'
+        'nbd_certificates = "/pki"\nnbd_scratch = "/var/tmp"\n'
+    )
+    assert read_settings(file) == Settings(
+        nbd_address="hv1.example",
+        nbd_port=10810,
+        nbd_tls=False,
+        nbd_certificates=Path("/pki"),
+        nbd_scratch=Path("/var/tmp"),
+    )
 
 
 def test_settings_are_read(tmp_path: Path) -> None:
@@ -67,6 +99,14 @@ def test_settings_are_read(tmp_path: Path) -> None:
         "lock_timeout = -1",
         'lock_timeout = "5"',
         "lock_timeout",
+        "nbd_address = 1",
+        'nbd_address = ""',
+        'nbd_address = "a b"',
+        "nbd_port = 0",
+        "nbd_port = 65536",
+        "nbd_port = true",
+        "nbd_tls = 1",
+        'nbd_certificates = "relative"',
         "[store]\n",
         "\x00",
     ],

@@ -294,7 +294,7 @@ BAD_LIBVIRT = {
     "elements in a name": LIBVIRT.replace("<name>c1<", "<name>c<b/>1<"),
     "negative time": LIBVIRT.replace(">1700000000<", ">-1<"),
     "time that is no number": LIBVIRT.replace(">1700000000<", ">1e9<"),
-    "huge time": LIBVIRT.replace(">1700000000<", f">253402300800<"),
+    "huge time": LIBVIRT.replace(">1700000000<", ">253402300800<"),
     "digits of another script": LIBVIRT.replace(">1700000000<", ">١٢<"),
     "disk twice": LIBVIRT.replace("name='vdb'", "name='vda'"),
     "disk without name": LIBVIRT.replace("name='vdb' ", ""),

@@ -26,12 +26,15 @@ from ckptmgr.plan.steps import (
     Export,
     Quiesced,
     ReadMaps,
+    Server,
+    TcpServer,
 )
 from ckptmgr.xml import parse
 from tests.plan_examples import bitmap, disk, layer
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domainbackup.rng")
 SOCKET = "/run/x.sock"
+FAR = TcpServer("192.0.2.7", 10809)
 DOCUMENT = "<domaincheckpoint><name>c2</name></domaincheckpoint>"
 REDEFINITION = """
 <domaincheckpoint>
@@ -51,7 +54,7 @@ def tracked(target: str, since: str | None = None, scratch: str | None = None) -
     )
 
 
-def request(*disks: CreateDisk, socket: str | None = SOCKET, quiesce: float | None = None):
+def request(*disks: CreateDisk, socket: Server | None = SOCKET, quiesce: float | None = None):
     return CreateRequest("c2", DOCUMENT, REDEFINITION, disks, socket, quiesce=quiesce)
 
 
@@ -212,3 +215,52 @@ def test_reading_makes_no_checkpoint_and_ends_its_job():
     assert begin.checkpoint is None
     assert read == ReadMaps(SOCKET, (Export("vda", "vda", "backup-vda", 4096),))
     assert plan.undo == (end,) == (BackupEnd(SOCKET),)
+
+
+# --- over the network ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not SCHEMA.exists(), reason="libvirt's schemas are not installed")
+@pytest.mark.parametrize("host", ["192.0.2.7", "2001:db8::7", "hv1.example"])
+def test_a_backup_document_for_the_network_validates_against_libvirts_schema(host):
+    plan = planner.create(request(tracked("vda", "c1"), socket=TcpServer(host, 10809)))
+    schema = etree.RelaxNG(etree.parse(str(SCHEMA)))
+    assert schema.validate(backup_of(plan)), schema.error_log
+
+
+@pytest.mark.parametrize(("tls", "word"), [(True, "yes"), (False, "no")])
+def test_libvirt_is_told_where_to_listen_and_whether_with_tls(tls, word):
+    plan = planner.create(request(tracked("vda", "c1"), socket=TcpServer("h", 7, tls)))
+    server = backup_of(plan).find("server")
+    assert dict(server.attrib) == {"transport": "tcp", "tls": word, "name": "h", "port": "7"}
+
+
+def test_what_is_read_over_the_network_says_that_it_is_ours():
+    plan = planner.create(request(tracked("vda", "c1"), socket=FAR))
+    _, read, end = plan.steps
+    assert read == ReadMaps(FAR, (Export("vda", "ckptmgr-vda", "backup-vda", 65536),))
+    assert end == BackupEnd(FAR)
+    assert backup_of(plan).xpath("disks/disk/@exportname") == ["ckptmgr-vda"]
+    assert "nbds://192.0.2.7:10809" in str(read)
+
+
+@pytest.mark.parametrize("server", [SOCKET, FAR])
+def test_a_job_of_ours_is_known_again(server):
+    plan = planner.create(request(tracked("vda", "c1"), tracked("vdb", "c1"), socket=server))
+    assert planner.serves(plan.steps[0].backup, server)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        "<domainbackup mode='push'><disks/></domainbackup>",
+        "<domainbackup><server transport='unix' socket='/run/y.sock'/><disks/></domainbackup>",
+        "<domainbackup><server transport='tcp' name='192.0.2.7' port='10809'/><disks>"
+        "<disk name='vda' backup='yes' exportname='vda'/></disks></domainbackup>",
+        "<domainbackup><server transport='tcp' name='192.0.2.7' port='1'/><disks>"
+        "<disk name='vda' backup='yes' exportname='ckptmgr-vda'/></disks></domainbackup>",
+    ],
+)
+def test_a_job_of_somebody_elses_is_not_taken_for_ours(job):
+    assert not planner.serves(job, SOCKET)
+    assert not planner.serves(job, FAR)

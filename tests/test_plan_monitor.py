@@ -23,6 +23,7 @@ from ckptmgr.plan.steps import (
     NbdStop,
     Quiesced,
     ReadMaps,
+    TcpServer,
     Transaction,
 )
 from tests.plan_examples import bitmap, disk, layer
@@ -130,6 +131,15 @@ def test_the_nbd_server_is_started_before_anything_is_changed():
         NbdStop,
         BitmapsRemove,
     ]
+
+
+def test_the_monitor_opens_no_port_and_ends_nothing_that_listens_on_one():
+    far = TcpServer("192.0.2.7", 10809)
+    layers = disk("vda", layer(1, bitmap("c1")))
+    with pytest.raises(Unsupported, match="unix socket"):
+        planner.read(ReadRequest((ReadDisk("vda", "c1", layers=layers),), far))
+    undo = planner.undo_create(UndoRequest("c2", "", (layers,), far))
+    assert [type(step) for step in undo] == [BitmapsRemove]
 
 
 def test_a_copy_left_by_a_killed_process_is_removed_first():

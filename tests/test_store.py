@@ -624,4 +624,13 @@ def test_a_thousand_checkpoints_with_their_domains_are_loaded_in_no_time(
 def test_json_files_are_json_for_other_tools(domain: DomainStore) -> None:
     fill(domain)
     record = json.loads((domain.path / "domain.json").read_text())
-    assert record | {"sha256": ""} == {"name": "vm", "current": "c2", "generation": 2, "sha256": ""}
+    assert record | {"sha256": ""} == {
+        "name": "vm",
+        "current": "c2",
+        "generation": 2,
+        "tails": {},
+        "moved": {},
+        "left": None,
+        "paused": None,
+        "sha256": "",
+    }

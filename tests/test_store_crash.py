@@ -43,7 +43,7 @@ def create(domain: DomainStore, recorder: disk.Recorder) -> None:
     recorder.mark("checkpoint")
     domain.save_record(DomainRecord("vm", "c3", 3))
     recorder.mark("all but the intent")
-    domain.clear_intent()
+    domain.clear_intent(sync=False)
     recorder.mark("done")
     domain.sweep()
 
@@ -60,7 +60,7 @@ def delete(domain: DomainStore, recorder: disk.Recorder) -> None:
     recorder.mark("checkpoint")
     domain.remove_checkpoint("c1")
     recorder.mark("all but the intent")
-    domain.clear_intent()
+    domain.clear_intent(sync=False)
     recorder.mark("done")
     domain.sweep()
 

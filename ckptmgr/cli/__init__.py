@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"ckptmgr {__version__}")
         return 0
+    if arguments is None:
+        gc.set_threshold(100_000)  # what a command makes lives about as long as its process
     from .program import run
 
     return run(words)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .candidates import complete_checkpoint, complete_domain
+from .candidates import complete_checkpoint, complete_domain, complete_snapshot
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -35,6 +35,13 @@ def checkpoint_argument(
     """A checkpoint's name."""
     return click.argument(
         name, metavar=metavar, type=text, required=required, shell_complete=complete_checkpoint
+    )
+
+
+def snapshot_argument(function: Decorated) -> Decorated:
+    """``NAME``: a snapshot's."""
+    return click.argument("name", metavar="NAME", type=text, shell_complete=complete_snapshot)(
+        function
     )
 
 

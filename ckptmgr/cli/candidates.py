@@ -41,6 +41,18 @@ def complete_checkpoint(
     )
 
 
+def complete_snapshot(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Names of the snapshots of the domain that the command line names."""
+    domain = context.params.get("domain")
+    if not domain:
+        return []
+    return _matching(
+        context, incomplete, lambda host: [each.name for each in host.domain(domain).snapshots()]
+    )
+
+
 def complete_disk(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:

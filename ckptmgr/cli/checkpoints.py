@@ -63,10 +63,10 @@ def create(
         check_name(name)
     with session.domain(domain) as target:
         if dry_run:
-            return _planned(
+            return planned(
                 target.plan_create(name, description=description, disks=disks, quiesce=quiesce)
             )
-        return _named(target.create(name, description=description, disks=disks, quiesce=quiesce))
+        return named(target.create(name, description=description, disks=disks, quiesce=quiesce))
 
 
 @click.command("list", cls=Command)
@@ -104,13 +104,13 @@ def list_(
     """List the checkpoints of a domain.
 
     The options are those of virsh checkpoint-list. With --tree, --from C draws C and all that
-    came after it.
+    came after it; the tree also shows the snapshots and where the domain is now.
     """
-    _exclusive(context, {"--tree": as_tree, "--name": only_names, "--parent": parents})
-    _exclusive(context, {"--leaves": leaves, "--no-leaves": no_leaves})
+    exclusive(context, {"--tree": as_tree, "--name": only_names, "--parent": parents})
+    exclusive(context, {"--leaves": leaves, "--no-leaves": no_leaves})
     for filtering in ({"--roots": roots}, {"--leaves": leaves}, {"--no-leaves": no_leaves}):
-        _exclusive(context, {"--tree": as_tree, **filtering})
-    _exclusive(context, {"--roots": roots, "--from": start is not None})
+        exclusive(context, {"--tree": as_tree, **filtering})
+    exclusive(context, {"--roots": roots, "--from": start is not None})
     if descendants and start is None:
         raise click.UsageError("--descendants needs --from", context)
 
@@ -122,11 +122,12 @@ def list_(
             start=start,
             descendants=descendants or (as_tree and start is not None),
             topological=topological,
+            snapshots=as_tree,
         )
         if as_tree and start is not None:
             view = replace(view, checkpoints=(target.checkpoint(start), *view.checkpoints))
     if as_tree:
-        return Answer(view.json, lambda terminal: tree(view.checkpoints, terminal))
+        return Answer(view.json, lambda terminal: tree(view, terminal))
     if only_names:
         return Answer(view.json, lambda _: names(each.name for each in view.checkpoints))
     return Answer(view.json, lambda terminal: checkpoint_list(view, terminal, parents=parents))
@@ -167,7 +168,7 @@ def current(session: Session, domain: str, exists: bool) -> Answer:
         view = target.current()
         if view is None:
             raise NoCheckpoint(f"domain {target.view.name!r} has no current checkpoint")
-    return _named(view)
+    return named(view)
 
 
 @click.command(cls=Command)
@@ -177,7 +178,7 @@ def current(session: Session, domain: str, exists: bool) -> Answer:
 def parent(session: Session, domain: str, name: str) -> Answer:
     """Print the name of a checkpoint's parent."""
     with session.domain(domain) as target:
-        return _named(target.parent(name))
+        return named(target.parent(name))
 
 
 @click.command(cls=Command)
@@ -202,11 +203,11 @@ def delete(
     What changed before it and after it is merged, so that differences between the others stay
     as they are. Prints the names of the checkpoints that were deleted.
     """
-    _exclusive(context, {"--children": children, "--children-only": children_only})
+    exclusive(context, {"--children": children, "--children-only": children_only})
     session = context.ensure_object(Session)
     with session.domain(domain) as target:
         if dry_run:
-            return _planned(
+            return planned(
                 target.plan_delete(
                     name, children=children, children_only=children_only, metadata=metadata
                 )
@@ -236,8 +237,8 @@ def redefine(session: Session, domain: str, file: Path, validate: bool, dry_run:
     document = _read_document(file)
     with session.domain(domain) as target:
         if dry_run:
-            return _planned(target.plan_redefine(document, validate=validate))
-        return _named(target.redefine(document, validate=validate))
+            return planned(target.plan_redefine(document, validate=validate))
+        return named(target.redefine(document, validate=validate))
 
 
 @click.command(cls=Command)
@@ -251,7 +252,7 @@ def adopt(session: Session, domain: str, dry_run: bool) -> Answer:
     """
     with session.domain(domain) as target:
         if dry_run:
-            return _planned(target.plan_adopt())
+            return planned(target.plan_adopt())
         of = target.view
         adopted = target.adopt()
 
@@ -261,11 +262,14 @@ def adopt(session: Session, domain: str, dry_run: bool) -> Answer:
     return Answer(document, lambda _: names(view.name for view in adopted))
 
 
-def _named(view: CheckpointView) -> Answer:
+def named(view: CheckpointView) -> Answer:
+    """The answer of a command that makes or finds one checkpoint."""
     return Answer(view.json, lambda _: names([view.name]))
 
 
-def _planned(plan: Plan) -> Answer:
+def planned(plan: Plan) -> Answer:
+    """The answer of ``--dry-run``."""
+
     def document() -> Document:
         return {
             "dry_run": True,
@@ -277,7 +281,8 @@ def _planned(plan: Plan) -> Answer:
     return Answer(document, lambda terminal: plan_lines(plan, terminal))
 
 
-def _exclusive(context: click.Context, options: dict[str, bool]) -> None:
+def exclusive(context: click.Context, options: dict[str, bool]) -> None:
+    """Refuse more than one of `options`, which say whether they were given."""
     given = [option for option, is_given in options.items() if is_given]
     if len(given) > 1:
         raise click.UsageError(f"{' and '.join(given)} exclude each other", context)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import signal
@@ -12,13 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 import click
-from click.core import augment_usage_errors
 
 from .._version import __version__
 from ..errors import CkptmgrError
-from . import checkpoints, completion, diff
+from . import archive, checkpoints, completion, consistency, diff, hook, snapshots
 from .answer import Answer, OutputClosed, print_answer
-from .failure import Interrupted, Usage, abandon_output, failure, report
+from .failure import Interrupted, abandon_output, failure, report
+from .group import Group
 from .session import Session, global_options
 
 # What virsh calls them, where it is not just "checkpoint-" and our name.
@@ -27,35 +26,21 @@ _VIRSH = {
     "checkpoint-dumpxml": "show --xml",
     "checkpoint-edit": "redefine",
     "checkpoint-info": "show",
+    "snapshot-create": "snapshot create",
+    "snapshot-create-as": "snapshot create",
+    "snapshot-current": "snapshot list",
+    "snapshot-delete": "snapshot delete",
+    "snapshot-info": "snapshot list",
+    "snapshot-list": "snapshot list",
+    "snapshot-revert": "snapshot revert",
 }
 
 
-class Program(click.Group):
-    """The group of all commands, in the order in which they were added."""
+class Program(Group):
+    """The group of all commands; it knows virsh's words for them."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of the commands."""
-        return list(self.commands)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse; every usage error knows its command (click's parser forgets it for some)."""
-        with augment_usage_errors(ctx):
-            return super().parse_args(ctx, args)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; where there is none, say what it may be called here."""
-        name = args[0]
-        if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
-            raise Usage(f"there is no command {name!r}", ctx, hint=self._suggestion(name))
-        return super().resolve_command(ctx, args)
-
-    def _suggestion(self, name: str) -> str:
-        meant = _VIRSH.get(name) or name.removeprefix("checkpoint-")
-        if meant.split()[:1] not in [[command] for command in self.commands]:
-            meant = next(iter(difflib.get_close_matches(meant, self.commands, 1)), "")
-        return f"did you mean 'ckptmgr {meant}'?" if meant else "'ckptmgr --help' lists them"
+    def _meant(self, name: str) -> str:
+        return super()._meant(_VIRSH.get(name) or name.removeprefix("checkpoint-"))
 
 
 @click.group(
@@ -74,7 +59,7 @@ def program() -> None:
 
 
 program.params[:0] = global_options()
-for _module in (checkpoints, diff, completion):
+for _module in (checkpoints, diff, consistency, archive, snapshots, hook, completion):
     for _command in _module.COMMANDS:
         program.add_command(_command)
 

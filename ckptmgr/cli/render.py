@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint import State
@@ -12,8 +12,9 @@ from .text import visible, visible_lines
 from .units import local_time, percent, size
 
 if TYPE_CHECKING:
+    from ..consistency import Finding
     from ..plan.steps import Plan
-    from ..views import CheckpointView, DiffView, DiskDiff, DiskView, ListView
+    from ..views import CheckpointView, DiffView, DiskDiff, DiskView, ListView, SnapshotView
 
 STATE_STYLES = {
     State.RECORDING: Style.GOOD,
@@ -71,6 +72,27 @@ def _state(disks: Sequence[DiskView]) -> Cell:
         for state in states
     ]
     return Cell(", ".join(parts), STATE_STYLES[states[0]])
+
+
+def snapshot_list(found: Sequence[SnapshotView], terminal: Terminal) -> Iterator[str]:
+    """The table of ``snapshot list``; libvirt's current snapshot is marked with ``*``."""
+    titles = ("", "Name", "Created", "Checkpoint", "State", "Memory", "Disks")
+    rows = []
+    for snapshot in found:
+        style = Style.GOOD if snapshot.current else Style.PLAIN
+        kinds = {kind for _, kind in snapshot.disks if kind != "no"}
+        disks = " ".join(name for name, kind in snapshot.disks if kind != "no")
+        row: list[str | Cell] = [
+            Cell("*" if snapshot.current else "", style),
+            Cell(snapshot.name, style),
+            local_time(snapshot.created),
+            snapshot.checkpoint or "-",
+            snapshot.state,
+            snapshot.memory,
+            f"{disks} ({', '.join(sorted(kinds))})" if kinds else "-",
+        ]
+        rows.append(row)
+    return table([Column(title) for title in titles], rows, terminal, mark=True)
 
 
 def checkpoint_block(view: CheckpointView, terminal: Terminal, *, sizes: bool) -> Iterator[str]:
@@ -190,6 +212,34 @@ def plan_lines(plan: Plan, terminal: Terminal) -> Iterator[str]:
     for note in plan.notes:
         yield _fact("Note", visible(note), terminal)
     yield terminal.paint("Nothing was done.", Style.FAINT)
+
+
+def findings(found: Sequence[Finding], terminal: Terminal) -> Iterator[str]:
+    """What ``check`` found: for each finding a line, and below it the cure."""
+    for finding in found:
+        style = Style.FAINT if finding.harmless else Style.BAD
+        yield f"{terminal.paint(finding.code, style)}: {visible(finding.message)}"
+        yield f"  {terminal.paint('cure:', Style.STRONG)} {visible(finding.cure)}"
+    wrong = sum(not finding.harmless for finding in found)
+    if wrong:
+        yield f"{wrong} {'finding needs' if wrong == 1 else 'findings need'} a cure."
+    else:
+        yield terminal.paint("consistent", Style.GOOD)
+
+
+def repaired(
+    cured: Sequence[Finding], left: Sequence[Finding], terminal: Terminal
+) -> Iterator[str]:
+    """What ``repair`` cured, and what ``check`` finds now."""
+    for finding in cured:
+        yield f"{terminal.paint('cured', Style.GOOD)} {finding.code}: {visible(finding.message)}"
+    yield from findings(left, terminal)
+
+
+def archived(gone: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """A checkpoint a line, with the disks whose bitmaps ``archive`` let go."""
+    for name, disks in gone.items():
+        yield f"{visible(name)}: {visible(' '.join(disks))}"
 
 
 def names(checkpoints: Iterable[str]) -> Iterator[str]:

@@ -5,14 +5,14 @@ line of history stays a line; where the history forks, each branch gets a column
 
     o c0
     o c1
-    |-o c2
+    |-o c2    snapshot before-update
     | o c3
-    `-* c4    current
+    `-* c4    current   now: running
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..checkpoint import State
@@ -21,7 +21,7 @@ from .text import visible, width
 from .units import local_time
 
 if TYPE_CHECKING:
-    from ..views import CheckpointView
+    from ..views import CheckpointView, ListView, PlaceView
 
 _UNICODE = ("○ ", "● ", "├─", "└─", "│ ")
 _ASCII = ("o ", "* ", "|-", "`-", "| ")
@@ -30,12 +30,14 @@ _Line = tuple[str, str, "CheckpointView"]
 """what leads to the node, the node, the checkpoint"""
 
 
-def tree(checkpoints: Sequence[CheckpointView], terminal: Terminal) -> Iterator[str]:
-    """Lines of the tree of `checkpoints`: name, time, and what is special about it.
+def tree(view: ListView, terminal: Terminal) -> Iterator[str]:
+    """Lines of the tree of a view's checkpoints: name, time, and what is special about each;
+    after them the snapshots, and the domain, that come after no checkpoint.
 
     Siblings and roots come in the order in which they are given.  A checkpoint whose parent is
     not among them is drawn as a root.
     """
+    checkpoints, snapshots, place = view.checkpoints, view.snapshots or (), view.place
     node, current, branch, last, bar = _UNICODE if terminal.unicode else _ASCII
     shown = {checkpoint.name for checkpoint in checkpoints}
     children: dict[str | None, list[CheckpointView]] = {}
@@ -64,8 +66,31 @@ def tree(checkpoints: Sequence[CheckpointView], terminal: Terminal) -> Iterator[
                 )
 
     names = max((width(_name(line)) for line in drawn if line is not None), default=0)
+    hanging: dict[str | None, list[str]] = {}
+    for snapshot in snapshots:
+        hanging.setdefault(snapshot.checkpoint, []).append(snapshot.name)
     for line in drawn:
-        yield "" if line is None else _draw(line, names, terminal)
+        if line is None:
+            yield ""
+            continue
+        name = line[2].name
+        now = place.state if place is not None and place.checkpoint == name else None
+        yield _draw(line, names, hanging.get(name, []), now, terminal)
+    lines = _of_no_checkpoint(hanging.get(None, []), place)
+    if drawn and lines:
+        yield ""
+    yield from lines
+
+
+def _of_no_checkpoint(snapshots: list[str], place: PlaceView | None) -> list[str]:
+    lines = [f"{_snapshots(snapshots)}: after no checkpoint"] if snapshots else []
+    if place is not None and place.checkpoint is None:
+        lines.append(f"now: {place.state}, after no checkpoint")
+    return lines
+
+
+def _snapshots(names: list[str]) -> str:
+    return f"snapshot{'s' if len(names) > 1 else ''} {visible(', '.join(names))}"
 
 
 def _name(line: _Line) -> str:
@@ -73,13 +98,19 @@ def _name(line: _Line) -> str:
     return lead + visible(checkpoint.name)
 
 
-def _draw(line: _Line, names: int, terminal: Terminal) -> str:
+def _draw(
+    line: _Line, names: int, snapshots: list[str], now: str | None, terminal: Terminal
+) -> str:
     lead, mark, checkpoint = line
     padding = " " * (names - width(_name(line)))
     broken = [disk.name for disk in checkpoint.disks if disk.state is State.BROKEN]
     notes = ""
     if checkpoint.current:
         notes += "   " + terminal.paint("current", Style.GOOD)
+    if now is not None:
+        notes += "   " + terminal.paint(f"now: {now}", Style.STRONG)
+    if snapshots:
+        notes += "   " + terminal.paint(_snapshots(snapshots), Style.WARNING)
     if broken:
         notes += "   " + terminal.paint(f"broken: {visible(', '.join(broken))}", Style.BAD)
     style = Style.GOOD if checkpoint.current else Style.PLAIN

@@ -70,6 +70,11 @@ class DomainAdapter:
         with translate("asking whether it is persistent", self.name):
             return bool(self.handle.isPersistent())
 
+    def has_saved_state(self) -> bool:
+        """Whether the memory of its last run is kept, to go on from at the next start."""
+        with translate("asking for a saved state", self.name):
+            return bool(self.handle.hasManagedSaveImage(0))
+
     # --- what the XML says -------------------------------------------------------------------
 
     def _xml(self, flags: int = 0) -> str:
@@ -94,15 +99,21 @@ class DomainAdapter:
         text = self._xml(flags)
         return text if secure else without_secrets(text)
 
-    def disks(self) -> tuple[Disk, ...]:
+    def description(self) -> str:
+        """The domain's XML: the live one while it runs."""
+        return self._xml(0 if self.active() else libvirt.VIR_DOMAIN_XML_INACTIVE)
+
+    def disks(self, description: str | None = None) -> tuple[Disk, ...]:
         """The domain's disks in its order: the live ones while it runs.
 
         qcow2 headers and sizes are filled in where the images can be asked, and for an inactive
         domain the backing chain, if they are on this machine.
+
+        description -- the domain's XML, where it was read just now
         """
         active = self.active()
-        text = self._xml(0 if active else libvirt.VIR_DOMAIN_XML_INACTIVE)
-        return tuple(self._filled(disk, active) for disk in parse_disks(text))
+        disks = parse_disks(description or self.description())
+        return tuple(self._filled(disk, active) for disk in disks)
 
     def _filled(self, disk: Disk, active: bool) -> Disk:
         if disk.empty:
@@ -111,9 +122,8 @@ class DomainAdapter:
         if self.connection.local:
             if not active and not disk.chain_known:
                 disk = self._with_chain(disk)
-            described = [_described(image) for image in disk.chain]
-            size = described[0][1]
-            disk = replace(disk, chain=tuple(image for image, _ in described), size=size)
+            disk = replace(disk, chain=tuple(_described(image) for image in disk.chain))
+            disk = replace(disk, size=disk.top.size)
         if disk.size is None:
             disk = replace(disk, size=self._capacity(disk))
         return disk
@@ -183,17 +193,16 @@ class DomainAdapter:
                 told = nodes.on_blockdev(disks, blocks)
         return bool(told)
 
-    def backup_support(self) -> tuple[bool, str]:
-        """Whether libvirt's checkpoint and backup APIs work for this domain, and why (not)."""
-        text = self._xml(0 if self.active() else libvirt.VIR_DOMAIN_XML_INACTIVE)
-        machine = support.parse_machine(text)
+    def backup_support(self, description: str | None = None) -> tuple[bool, str]:
+        """Whether libvirt's checkpoint and backup APIs work for this domain, and why (not).
+
+        description -- the domain's XML, where it was read just now
+        """
+        text = description or self.description()
         with translate("asking for the domain capabilities", self.name):
-            capabilities = self.connection.handle.getDomainCapabilities(
-                machine.emulator, machine.arch, machine.machine, machine.virt_type
-            )
+            feature = self.connection.backup_feature(support.parse_machine(text))
         added, deleted = parse_capabilities(text)
         blockdev = nodes.on_blockdev(parse_disks(text)) if self.active() else None
-        feature = support.parse_backup_feature(capabilities)
         return support.backup_support(feature, added, deleted, blockdev)
 
     def nodes(self, targets: Collection[str] | None = None) -> dict[str, tuple[str, ...]]:
@@ -384,7 +393,8 @@ class DomainAdapter:
             )
         self._require_active("it has no folder for sockets")
         with translate("asking for the id", self.name):
-            number = self.handle.ID()
+            # A handle keeps the id that the domain had when it was looked up.
+            number = self.connection.handle.lookupByUUIDString(self.uuid).ID()
         base = self._lib_directory()
         try:
             found = [
@@ -415,33 +425,33 @@ class DomainAdapter:
         return folder
 
 
-def _described(image: Image) -> tuple[Image, int | None]:
+def _described(image: Image) -> Image:
     """A local image with what its qcow2 header says, and its virtual size.
 
     That spares a call of libvirt's for each disk, which in turn asks QEMU.
     """
     if image.path is None or image.format not in ("qcow2", "raw"):
-        return image, None
+        return image
     try:
         if image.format == "raw":
-            return image, image.slice_size or images.raw_size(image.path)
+            return replace(image, size=image.slice_size or images.raw_size(image.path))
         header = images.read_header(image.path)
     except OSError as error:
         log.info("%s cannot be read: %s", image.path, error)
-        return image, None
+        return image
     if header is None:
-        return image, None
+        return image
     data_file = image.data_file
     if data_file is None and header.has_data_file:
         named = header.data_file or "(external data file)"
         data_file = str(Path(image.path).parent / named)
-    described = replace(
+    return replace(
         image,
         data_file=data_file,
         qcow2_version=header.version,
         cluster_size=header.cluster_size,
+        size=header.size,
     )
-    return described, header.size
 
 
 def _image(layer: Layer) -> Image:

@@ -16,6 +16,7 @@ from ..config import Driver
 from ..errors import CkptmgrError, InvalidRequest, NoDomain, Unsupported
 from .binding import libvirt
 from .failure import translate
+from .support import Machine, parse_backup_feature
 
 if TYPE_CHECKING:
     from .adapter import DomainAdapter
@@ -180,6 +181,7 @@ class Connection:
         self.uri = uri
         self.location = location
         self.read_only = read_only
+        self._backup_features: dict[Machine, bool] = {}
 
     @property
     def driver(self) -> Driver:
@@ -225,6 +227,20 @@ class Connection:
             f"there is no domain {key!r} on {self.uri}",
             hint=f"see `virsh -c '{self.uri}' list --all`",
         )
+
+    def backup_feature(self, machine: Machine) -> bool:
+        """Whether libvirt's domain capabilities have ``<backup supported='yes'/>``.
+
+        Asked once for each kind of machine: it is a property of libvirt and of the emulator.
+
+        Raises libvirtError.
+        """
+        if machine not in self._backup_features:
+            capabilities = self.handle.getDomainCapabilities(
+                machine.emulator, machine.arch, machine.machine, machine.virt_type
+            )
+            self._backup_features[machine] = parse_backup_feature(capabilities)
+        return self._backup_features[machine]
 
     def domains(self) -> list[str]:
         """The names of all domains, sorted."""

@@ -18,6 +18,7 @@ class Image:
     data_file -- path of a qcow2's external data file
     qcow2_version -- 2 or 3 for a qcow2 image whose header could be read, else None
     cluster_size -- of a qcow2 image whose header could be read, in bytes
+    size -- virtual size in bytes, where the image could be asked
     slice_size -- only so many bytes of the file or device are the image (libvirt's <slices>)
     """
 
@@ -30,6 +31,7 @@ class Image:
     qcow2_version: int | None = None
     cluster_size: int | None = None
     slice_size: int | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True)

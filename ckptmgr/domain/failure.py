@@ -77,6 +77,7 @@ _BUSY_TEXTS = (
 _BROKEN_TEXTS = (
     re.compile(r"missing or broken bitmap '[^']*' for disk '([^']*)'"),
     re.compile(r"bitmap '[^']*' not found in backing chain of '([^']*)'"),
+    re.compile(r"Bitmaps are of different sizes()"),  # of which disk, QEMU does not say
 )
 _HINTS: dict[type[CkptmgrError], str] = {
     ReadOnlyConnection: "open the connection for writing",
@@ -115,7 +116,7 @@ def ours(
     hint = _HINTS.get(chosen)
     if chosen is BitmapBroken:
         found = next((match for broken in _BROKEN_TEXTS if (match := broken.search(text))), None)
-        return BitmapBroken(message, disk=found[1] if found else None, hint=hint)
+        return BitmapBroken(message, disk=(found[1] or None) if found else None, hint=hint)
     return chosen(message, hint=hint)
 
 

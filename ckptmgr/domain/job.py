@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..errors import OperationFailed
-from ..xml import parse
 from .adapter import DomainAdapter
 from .binding import libvirt
 from .failure import translate
@@ -12,15 +13,20 @@ from .failure import translate
 _NO_JOB = (104, 55)
 
 
-def backup_socket(adapter: DomainAdapter) -> str | None:
-    """The NBD socket of the pull backup job that is running, None if there is no such job."""
+def backup_job(adapter: DomainAdapter) -> str | None:
+    """The document of the backup job that is running, None if there is no such job."""
     try:
         with translate("looking for a backup job", adapter.name):
-            document = adapter.handle.backupGetXMLDesc(0)
+            document: str = adapter.handle.backupGetXMLDesc(0)
     except OperationFailed as error:
         cause = error.__cause__
         if isinstance(cause, libvirt.libvirtError) and cause.get_error_code() in _NO_JOB:
             return None
         raise
-    server = parse(document, what="the backup job").find("server")
-    return None if server is None else server.get("socket")
+    return document
+
+
+def block_jobs(adapter: DomainAdapter, targets: Iterable[str]) -> tuple[str, ...]:
+    """The disks, of `targets`, of a running domain that a block job works on."""
+    with translate("asking for block jobs", adapter.name):
+        return tuple(target for target in targets if adapter.handle.blockJobInfo(target, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import libvirt
 
 from ..errors import NoCheckpoint
+from ..xml import parse
 from .adapter import DomainAdapter
 from .failure import translate
 
@@ -36,6 +37,15 @@ def known_document(adapter: DomainAdapter, name: str, *, size: bool = False) -> 
         flags |= libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
     with translate(f"read checkpoint {name!r}", adapter.name):
         return str(adapter.handle.checkpointLookupByName(name, 0).getXMLDesc(flags))
+
+
+def known_time(adapter: DomainAdapter, name: str) -> int:
+    """When libvirt made checkpoint `name`, in seconds since the epoch.  Raises NoCheckpoint."""
+    flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
+    what = f"read checkpoint {name!r}"
+    with translate(what, adapter.name):
+        text = adapter.handle.checkpointLookupByName(name, 0).getXMLDesc(flags)
+    return int(parse(text, what="the checkpoint").findtext("creationTime") or 0)
 
 
 def known_parent(adapter: DomainAdapter, name: str) -> str | None:

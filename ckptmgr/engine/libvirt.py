@@ -13,7 +13,7 @@ from ..domain.binding import libvirt
 from ..domain.failure import OPERATION_INVALID, translate
 from ..errors import BitmapBroken, Busy, NoCheckpoint, OperationFailed
 from ..nbd import read_dirty_map
-from ..plan.libvirt import tracked_disks, with_disks
+from ..plan.libvirt import serves, tracked_disks, with_disks
 from ..plan.steps import (
     BackupBegin,
     BackupEnd,
@@ -25,13 +25,15 @@ from ..plan.steps import (
     ReadMaps,
     Step,
 )
-from ..xml import parse
 from .base import Outcome, run_steps
 
 log = logging.getLogger("ckptmgr")
 
 JOB_END_TIMEOUT = 60.0
 """Seconds for a backup job to end after it was told to; libvirt removes its scratch files then."""
+
+JOB_BEGIN_TIMEOUT = 20.0
+"""Seconds for a job to begin that a process which is gone has asked for."""
 
 _PAUSE = 0.002
 
@@ -40,6 +42,10 @@ NO_DOMAIN_BACKUP = 104  # virErrorNumber
 # What qemuBackupGetJobInfoStats says while virDomainBackupBegin is still at work.
 _BEGINNING_TEXT = "backup job data missing"
 _BEGINNING = "(beginning)"
+_STUCK = (
+    "try again; if this lasts, libvirt itself was killed while it began a backup job, and only "
+    "a restart of the domain ends that"
+)
 
 
 class LibvirtEngine:
@@ -139,19 +145,23 @@ class LibvirtEngine:
         # refuses others, and an embedded driver that is closed meanwhile leaves scratch files.
         # One that a killed process asked for may only be about to begin in the daemon; to redefine
         # its checkpoint then is a segmentation fault there (9.0, virDomainMomentDropParent).
-        deadline = time.monotonic() + JOB_END_TIMEOUT
+        start = time.monotonic()
         told = False
-        while (server := self._backup_server()) in (step.socket, _BEGINNING):
-            if server == step.socket and not told:
+        while (job := self._backup_job()) is _BEGINNING or (job and serves(job, step.socket)):
+            if job is not _BEGINNING and not told:
                 with translate("ending the backup job", self.adapter.name):
                     self.adapter.handle.abortJob()
                 told = True
-            if time.monotonic() > deadline:
-                raise Busy(f"the backup job of domain {self.adapter.name!r} does not end")
+            waited = time.monotonic() - start
+            if waited > (JOB_END_TIMEOUT if told else JOB_BEGIN_TIMEOUT):
+                raise Busy(
+                    f"the backup job of domain {self.adapter.name!r} does not end",
+                    hint=None if told else _STUCK,
+                )
             time.sleep(_PAUSE)
 
-    def _backup_server(self) -> str | None:
-        """Where the backup job that is running serves NBD; None if there is no such job."""
+    def _backup_job(self) -> str | None:
+        """The document of the backup job that is running; None if there is no such job."""
         try:
             with translate("looking for a backup job", self.adapter.name):
                 document = self.adapter.handle.backupGetXMLDesc(0)
@@ -159,8 +169,8 @@ class LibvirtEngine:
             if not _has_code(error, NO_DOMAIN_BACKUP, OPERATION_INVALID):
                 raise
         else:
-            server = parse(document, what="the backup job").find("server")
-            return "elsewhere" if server is None else server.get("socket", "elsewhere")
+            job: str = document
+            return job
         return _BEGINNING if self._backup_beginning() else None
 
     def _backup_beginning(self) -> bool:
@@ -182,7 +192,9 @@ class LibvirtEngine:
                 job = self.adapter.handle.jobInfo()[0]
         except OperationFailed as error:
             if _BEGINNING_TEXT in error.message:
-                return True
+                raise Busy(
+                    f"a backup job of domain {self.adapter.name!r} is beginning", hint=_STUCK
+                ) from error
             raise
         return bool(job != libvirt.VIR_DOMAIN_JOB_NONE)
 

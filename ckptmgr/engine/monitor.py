@@ -150,7 +150,7 @@ class MonitorEngine:
             self._command("block-export-add", **arguments)
 
     def _stop(self, step: NbdStop) -> None:
-        if not (_listening(step.socket) or self._exporting()):
+        if not (listening(step.socket) or self._exporting()):
             return
         self._command("nbd-server-stop")
         Path(step.socket).unlink(missing_ok=True)
@@ -188,7 +188,7 @@ def _not_writable(ref: BitmapRef, said: str) -> CkptmgrError:
     )
 
 
-def _listening(path: str) -> bool:
+def listening(path: str) -> bool:
     """Whether something accepts connections on a socket: QEMU, where the path is ours."""
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as client:
         try:

@@ -7,15 +7,15 @@ quotes, a leading dash (QEMU's bdrv_parse_filename and option parsers would cut 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
-import shutil
+import signal
 import stat
 import struct
 import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from ..errors import (
     Unsupported,
 )
 from ..plan.steps import ImageBitmap
+from .private import private_folder
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 STOP_TIMEOUT = 10.0
 """Seconds for qemu-nbd to end after SIGTERM, before SIGKILL (it only reads)."""
@@ -148,6 +151,24 @@ def _start(command: list[str], **options: Any) -> subprocess.Popen[str]:
         ) from error
 
 
+def _ending_with_us() -> Callable[[], None]:
+    """What a child does before its program, so that it ends when we do, even if we are killed.
+
+    To begin with setpriv(1) instead would leave a moment in which our death goes unnoticed, and
+    then a server that keeps the image locked for ever.  SIGKILL, because qemu-nbd forgets a SIGTERM
+    that comes while it starts (7.2); it only reads.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+
+    def in_child() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return in_child
+
+
 class BitmapServer:
     """A qemu-nbd that serves one bitmap of one image; made by `serve`.
 
@@ -159,19 +180,17 @@ class BitmapServer:
         self._disk = disk
         self._image = image
         self._bitmap = bitmap
-        # Without --persistent it ends with its first client; before that, with us, even if we
-        # are killed (prctl's PR_SET_PDEATHSIG, through util-linux's setpriv).
-        guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        # Without --persistent it ends with its first client; before that, with us.
         self._process = _start(
             [
-                *guard,
                 "qemu-nbd",
                 "--read-only",
                 f"--bitmap={bitmap}",
                 f"--socket={self.socket}",
                 "--",
                 image_name(image, backing=None),
-            ]
+            ],
+            preexec_fn=_ending_with_us(),
         )
 
     def check(self) -> None:
@@ -208,8 +227,8 @@ class BitmapServer:
 @contextlib.contextmanager
 def serve(disk: str, image: str, bitmap: str) -> Iterator[BitmapServer]:
     """Serve a bitmap on a socket in a folder that only we can enter."""
-    with tempfile.TemporaryDirectory(prefix="ckptmgr-") as folder:
-        server = BitmapServer(disk, image, bitmap, Path(folder))
+    with private_folder() as folder:
+        server = BitmapServer(disk, image, bitmap, folder)
         try:
             yield server
         finally:

@@ -9,9 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import adoption, archive, creation, deletion, difference, redefinition, repair
+    from . import (
+        adoption,
+        archive,
+        creation,
+        deletion,
+        difference,
+        redefinition,
+        repair,
+        reversion,
+        snapshotting,
+    )
 
-__all__ = ["adoption", "archive", "creation", "deletion", "difference", "redefinition", "repair"]
+__all__ = [
+    "adoption",
+    "archive",
+    "creation",
+    "deletion",
+    "difference",
+    "redefinition",
+    "repair",
+    "reversion",
+    "snapshotting",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..checkpoint import Checkpoint, EngineName, check_name
 from ..document import parse_libvirt
 from ..domain.known import known_document, known_names
-from ..errors import InvalidDocument, InvalidRequest
+from ..errors import CkptmgrError, InvalidDocument, InvalidRequest
 from ..history import History
 from ..plan.steps import Plan
 from ..store import Intent, Loaded
@@ -25,11 +26,21 @@ UNKNOWN = "the checkpoint was made by another tool, which did not keep it"
 
 @dataclass(frozen=True)
 class Adoption:
-    """The history with what is to be taken over, and the names of that, parents first."""
+    """The history with what is to be taken over, and the names of that, parents first.
+
+    refused -- checkpoints of libvirt's that cannot be taken over, and why
+    """
 
     history: History
     names: tuple[str, ...]
-    notes: tuple[str, ...]
+    refused: Mapping[str, str]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is left alone, and why."""
+        return tuple(
+            f"checkpoint {name} is left alone: {why}" for name, why in self.refused.items()
+        )
 
 
 def adopt(session: Session) -> tuple[CheckpointView, ...]:
@@ -46,12 +57,24 @@ def adopt_under_lock(session: Session, loaded: Loaded) -> tuple[CheckpointView, 
     history = adoption.history
     if adoption.names:
         session.store.write_intent(Intent("adopt", adoption.names, EngineName.LIBVIRT.value))
-        for name in adoption.names:
-            session.store.save_checkpoint(history.get(name))
-        if history.current != loaded.history.current:
-            session.commit_current(history, loaded.record)
-        session.store.clear_intent()
+        try:
+            for name in adoption.names:
+                session.store.save_checkpoint(history.get(name))
+            if history.current != loaded.history.current:
+                session.commit_current(history, loaded.record)
+        except BaseException:
+            _take_back(session, loaded, adoption.names)
+            raise
+        session.clear_intent()
     return tuple(view(history, history.get(name), session.view) for name in adoption.names)
+
+
+def _take_back(session: Session, loaded: Loaded, names: tuple[str, ...]) -> None:
+    try:
+        session.withdraw(reversed(names), loaded)
+        session.store.clear_intent()
+    except CkptmgrError as failure:
+        log.warning("what was taken over so far stays: %s", failure)
 
 
 def plan_adopt(session: Session) -> Plan:
@@ -70,7 +93,7 @@ def prepare(session: Session, loaded: Loaded) -> Adoption:
     """
     history = loaded.history
     taken: list[str] = []
-    notes: list[str] = []
+    refused: dict[str, str] = {}
     for name in known_names(session.adapter):
         if name in history.checkpoints:
             continue
@@ -79,11 +102,11 @@ def prepare(session: Session, loaded: Loaded) -> Adoption:
                 raise InvalidRequest(f"the store has a damaged document of checkpoint {name!r}")
             checkpoint = _read(session, history, check_name(name))
         except (InvalidDocument, InvalidRequest) as error:
-            notes.append(f"checkpoint {name} is left alone: {error}")
+            refused[name] = error.message
             continue
         history = history.add(checkpoint, becomes_current(history, checkpoint))
         taken.append(name)
-    return Adoption(history, tuple(taken), tuple(notes))
+    return Adoption(history, tuple(taken), refused)
 
 
 def _read(session: Session, history: History, name: str) -> Checkpoint:

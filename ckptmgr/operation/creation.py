@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..align import AlignedDisk, DiskRequest, align_disks
@@ -12,12 +12,13 @@ from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
 from ..dirtymap import DirtyMap
 from ..document import format_libvirt, format_request
 from ..domain.disk import Disk, DiskLayers
-from ..domain.known import is_known, known_names
+from ..domain.known import is_known, known_names, known_time
 from ..errors import BitmapBroken, CheckpointExists, CkptmgrError, InvalidRequest
 from ..history import History
 from ..plan import planner
-from ..plan.request import CreateDisk, CreateRequest
-from ..plan.steps import Plan
+from ..plan.libvirt import DISCARD
+from ..plan.request import CreateDisk, CreateRequest, UndoRequest
+from ..plan.steps import ImagesCheck, Plan
 from ..store import Intent, Loaded
 from ..trust import doubt
 from ..views import CheckpointView
@@ -53,18 +54,31 @@ class Creation:
 
 def create(session: Session, request: Request) -> CheckpointView:
     """Make a checkpoint.  See Domain.create."""
-    with session.locked() as loaded, session.workspace() as workspace:
+    with session.locked() as loaded:
+        return create_under_lock(session, loaded, request)
+
+
+def create_under_lock(session: Session, loaded: Loaded, request: Request) -> CheckpointView:
+    """Make a checkpoint; the lock is held."""
+    with session.workspace() as workspace:
         creation = prepare(session, loaded, request, workspace)
         for disk in creation.checkpoint.disks:
             if disk.bitmap is None:
                 log.warning("disk %s is not tracked: %s", disk.name, disk.reason)
         checkpoint = _run(session, loaded, request, creation, workspace)
         history = loaded.history.add(checkpoint)
-        session.commit_current(history, loaded.record)
-        session.store.clear_intent()
-        projection.align_parent(session, history, checkpoint)
+        _tidy(session, history, checkpoint)
         history = _archive_old(session, history, loaded)
         return view(history, checkpoint, session.view)
+
+
+def _tidy(session: Session, history: History, checkpoint: Checkpoint) -> None:
+    """What can be left to the next command: the checkpoint stands in any case."""
+    session.clear_intent()
+    try:
+        projection.align_parent(session, history, checkpoint)
+    except CkptmgrError as error:
+        log.warning("checkpoint %s is made, but: %s", checkpoint.name, error)
 
 
 def _archive_old(session: Session, history: History, loaded: Loaded) -> History:
@@ -72,12 +86,33 @@ def _archive_old(session: Session, history: History, loaded: Loaded) -> History:
     if not session.settings.keep_bitmaps:
         return history
     session = session.renewed()
-    choice = archive.choose(history, session.settings.keep_bitmaps)
+    sure = frozenset({history.current} if history.current is not None else ())
     try:
+        choice = archive.settled(session, history, session.settings.keep_bitmaps, sure)
         return archive.run(session, replace(loaded, history=history), choice.bitmaps)
     except CkptmgrError as error:
         log.warning("old bitmaps were not archived: %s", error)
         return history
+
+
+def of_present_state(
+    session: Session, loaded: Loaded, name: str, intervals: Mapping[str, Interval]
+) -> Checkpoint:
+    """Make and record a checkpoint whose intervals are known already, under the lock.
+
+    To be made current, and covered by an intent, by the caller.
+    """
+    request = Request(name, None, (), quiesce=False)
+    every = frozenset(disk.target for disk in session.disks)
+    creation = prepare(session, loaded, request, session.place(), every)
+    disks = tuple(
+        replace(disk, interval=intervals.get(disk.name) if disk.bitmap else None)
+        for disk in creation.checkpoint.disks
+    )
+    checkpoint = replace(creation.checkpoint, disks=disks)
+    session.engine(creation.plan.engine).run(creation.plan.steps)
+    session.store.save_checkpoint(checkpoint)
+    return checkpoint
 
 
 def plan_create(session: Session, request: Request) -> Plan:
@@ -135,7 +170,7 @@ def prepare(
         document=format_request(name, request.description, _shown_disks(checkpoint)),
         redefinition=format_libvirt(projection.shown(session, loaded.history, checkpoint)),
         disks=tuple(tracked),
-        socket=workspace.socket if engine is not EngineName.OFFLINE else None,
+        socket=workspace.address if engine is not EngineName.OFFLINE else None,
         tell_libvirt=session.tells_libvirt,
         quiesce=session.settings.freeze_timeout if request.quiesce else None,
     )
@@ -179,21 +214,28 @@ def _ended(checkpoint: Checkpoint) -> set[str]:
 def _attempt(session: Session, loaded: Loaded, creation: Creation) -> Checkpoint:
     checkpoint, plan = creation.checkpoint, creation.plan
     engine = session.engine(plan.engine)
+    # An image that is in use could not be rid of a bitmap, either: refuse it before the intent.
+    engine.run([step for step in plan.steps if isinstance(step, ImagesCheck)])
     session.store.write_intent(intent(session, creation))
     try:
         outcome = engine.run(plan.steps)
+        if plan.engine is EngineName.LIBVIRT:
+            # It takes the time itself; its document and ours are to say the same.
+            checkpoint = replace(checkpoint, created=known_time(session.adapter, checkpoint.name))
         maps = grown(loaded.history, checkpoint, outcome.maps)
-        recorded = with_maps(checkpoint, session.store.save_map, maps)
+        recorded = with_maps(checkpoint, session.store.save_maps, maps)
         session.store.save_checkpoint(recorded)
+        session.commit_current(loaded.history.add(recorded), loaded.record)
     except BaseException as error:
         # Also on ^C: the checkpoint is made whole or not at all.
         foreign = isinstance(error, CheckpointExists)
         try:
+            session.withdraw((checkpoint.name,), loaded)
             engine.run(plan.release if foreign else plan.undo)
             session.store.clear_intent()
         except CkptmgrError as failure:
             log.warning(
-                "checkpoint %s could not be taken back; the next command on the domain will: %s",
+                "checkpoint %s could not be taken back; the next command settles it: %s",
                 checkpoint.name,
                 failure,
             )
@@ -210,6 +252,27 @@ def intent(session: Session, creation: Creation) -> Intent:
         plan.engine.value,
         {"redefinition": format_libvirt(replace(checkpoint, parent=None, domain_xml=None))},
     )
+
+
+def take_back(session: Session, intent: Intent, name: str) -> None:
+    """Remove whatever there is of a checkpoint that was being made, as its intent says."""
+    engine = EngineName.OFFLINE
+    if session.active:
+        engine = EngineName.LIBVIRT if session.backup[0] else EngineName.MONITOR
+    asked = EngineName(intent.engine)
+    if session.active and asked is EngineName.MONITOR:
+        # Bitmaps that are not persistent, and what was made for reading, only QMP shows.
+        engine = EngineName.MONITOR
+    steps = planner(engine).undo_create(
+        UndoRequest(
+            name=name,
+            redefinition=str(intent.data["redefinition"]),
+            disks=tuple(session.layers(engine).values()),
+            socket=session.place().address if session.active else None,
+            told_libvirt=session.tells_libvirt,
+        )
+    )
+    session.engine(engine).run(steps)
 
 
 def grown(
@@ -231,31 +294,46 @@ def _size_at_start(history: History, disk: CheckpointDisk | None) -> int | None:
 
 def with_maps(
     checkpoint: Checkpoint,
-    save: Callable[[DirtyMap], str],
+    save: Callable[[Iterable[DirtyMap]], Iterable[str]],
     maps: Mapping[str, DirtyMap],
 ) -> Checkpoint:
-    """`checkpoint` with the digests of the maps that were read, each kept by `save` first."""
-    disks = []
-    for disk in checkpoint.disks:
-        if disk.interval is not None and disk.name in maps:
-            digest = save(maps[disk.name])
-            disk = replace(disk, interval=Interval(disk.interval.since, digest))
-        disks.append(disk)
-    return replace(checkpoint, disks=tuple(disks))
+    """`checkpoint` with the digests of the maps that were read, which are kept by `save` first."""
+    ended = [disk.name for disk in checkpoint.disks if disk.interval and disk.name in maps]
+    if not ended:
+        return checkpoint
+    digests = dict(zip(ended, save(maps[name] for name in ended), strict=True))
+    disks = tuple(
+        replace(disk, interval=Interval(disk.interval.since, digests[disk.name]))
+        if disk.interval is not None and disk.name in digests
+        else disk
+        for disk in checkpoint.disks
+    )
+    return replace(checkpoint, disks=disks)
 
 
 def _free_name(session: Session, loaded: Loaded, asked: str | None, now: int) -> str:
     taken = {*loaded.history.checkpoints, *loaded.damaged_names}
     if asked is None:
-        known = {*taken, *known_names(session.adapter)}
+        known = {*taken, *loaded.record.moved, *known_names(session.adapter)}
         return next(
             name for name in map(str, range(now, now + len(known) + 1)) if name not in known
         )
     check_name(asked)
+    if asked == DISCARD:
+        raise InvalidRequest(
+            f"{DISCARD} is the name of what libvirt is shown to remove a bitmap",
+            hint="choose another name",
+        )
     if asked in taken:
         raise CheckpointExists(
             f"domain {session.adapter.name!r} has a checkpoint {asked!r} already",
             hint="choose another name, or delete that one first",
+        )
+    if asked in loaded.record.moved:
+        raise CheckpointExists(
+            f"domain {session.adapter.name!r} had a checkpoint {asked!r} that was deleted, and has "
+            "snapshots, of which one may name it",
+            hint="choose another name, or delete the snapshots first",
         )
     if is_known(session.adapter, asked):
         raise CheckpointExists(

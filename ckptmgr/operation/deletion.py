@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
+from ..branch import inherit
 from ..checkpoint import Checkpoint, EngineName, State
 from ..dirtymap import union
 from ..document import format_libvirt
 from ..domain.known import is_known
-from ..errors import BitmapBroken, CkptmgrError, InvalidRequest, OperationFailed, StoreDamaged
+from ..domain.snapshots import have_snapshots
+from ..errors import (
+    BitmapBroken,
+    CkptmgrError,
+    ConnectionFailed,
+    InvalidRequest,
+    OperationFailed,
+    StoreDamaged,
+    StoreFailed,
+)
 from ..history import Deletion, History, Join
 from ..plan import planner
 from ..plan.request import DeleteDisk, DeleteRequest
 from ..plan.steps import Plan
-from ..store import Intent, Loaded
+from ..store import DomainRecord, Intent, Loaded
+from ..tails import join_maps
 from . import projection
 from .session import Session
 
@@ -49,6 +60,10 @@ def delete(session: Session, request: Request) -> tuple[str, ...]:
         )
         try:
             finish(session, loaded, deletion.removed, metadata=request.metadata)
+        except (ConnectionFailed, StoreFailed) as error:
+            # Some of it may be gone on one side alone.
+            error.hint = f"{error.hint or 'try again'}; the next command completes the deletion"
+            raise
         except CkptmgrError:
             # What was deleted is gone on both sides; the rest is as it was.
             session.store.clear_intent()
@@ -89,12 +104,27 @@ def finish(session: Session, loaded: Loaded, names: Iterable[str], *, metadata: 
         for checkpoint in settled:
             session.store.save_checkpoint(checkpoint)
         current = history.current
+        if have_snapshots(session.adapter):
+            record = _with_inheritance(session, history, record, name)
+            session.store.save_record(record)
         history = reduce(History.replace, settled, deletion.history)
         if history.current != current:
             record = session.commit_current(history, record)
         session.store.remove_checkpoint(name)
-    session.store.clear_intent()
-    session.store.sweep()
+    session.clear_intent()
+    session.sweep()
+
+
+def _with_inheritance(
+    session: Session, history: History, record: DomainRecord, name: str
+) -> DomainRecord:
+    """`record` with what snapshots that name a deleted checkpoint will need."""
+    left = inherit(history, record.tails, name)
+    tails = {point: dict(disks) for point, disks in record.tails.items() if point != name}
+    for disk, (since, maps) in left.tails.items():
+        digest = None if maps is None else join_maps(session.store, maps)
+        tails.setdefault(since, {})[disk] = digest
+    return replace(record, tails=tails, moved={**record.moved, name: left.heir})
 
 
 def _names(history: History, request: Request) -> tuple[str, ...]:
@@ -174,14 +204,20 @@ def check_recorder(history: History, deletion: Deletion) -> None:
     Raises OperationFailed where the bitmap that records it would go, and that of the checkpoint
     before was archived.
     """
-    if history.current is None or deletion.current in (None, history.current):
+    if history.current is None or deletion.current is None:
         return
-    for disk in history.get(history.current).disks:
-        tracker = history.tracker(disk.name, deletion.current)
-        recorded = history.get(tracker).disk(disk.name) if tracker else None
-        if disk.bitmap and recorded is not None and recorded.state is State.ARCHIVED:
-            raise OperationFailed(
-                f"checkpoint {history.current} cannot be deleted: its bitmap on {disk.name} is the "
-                f"only one that records what changes since {tracker}, whose own was archived",
-                hint="create another checkpoint first, and then delete this one",
-            )
+    for disk in {disk.name: None for point in history.checkpoints.values() for disk in point.disks}:
+        recorder = history.tracker(disk, history.current)
+        heir = deletion.history.tracker(disk, deletion.current)
+        if recorder not in deletion.removed or heir is None:
+            continue
+        states = [history.get(name).disk(disk) for name in (recorder, heir)]
+        if [known.state for known in states if known] != [State.RECORDING, State.ARCHIVED]:
+            continue
+        raise OperationFailed(
+            f"checkpoint {recorder} cannot be deleted: its bitmap on {disk} is the only one that "
+            f"records what changes since {heir}, whose own was archived",
+            hint="create another checkpoint first, and then delete this one"
+            if len(deletion.removed) == 1
+            else f"create another one first and delete them one by one, or delete {heir} too",
+        )

@@ -28,15 +28,15 @@ def diff(session: Session, start: str, end: str | None) -> DiffView:
         disks = _until_now(session, start)
     else:
         history = session.history()
-        sizes = {
-            disk.name: disk.size or 0
-            for name in (start, end)
-            for disk in history.get(name).disks
-            if disk.bitmap is not None or disk.reason not in (EMPTY, READ_ONLY)
-        }
+        # Of a disk that was resized, what only one of the two has is a part of what differs.
+        sizes: dict[str, int] = {}
+        for name in (start, end):
+            for disk in history.get(name).disks:
+                if disk.bitmap is not None or disk.reason not in (EMPTY, READ_ONLY):
+                    sizes[disk.name] = max(disk.size or 0, sizes.get(disk.name, 0))
         disks = tuple(
-            _answer(session, history, closed(history, disk, start, end), size, {})
-            for disk, size in sizes.items()
+            _answer(session, history, closed(history, target, start, end), size, {})
+            for target, size in sizes.items()
         )
     return DiffView(session.view, start, end, disks)
 
@@ -64,7 +64,7 @@ def _until_now(session: Session, start: str) -> tuple[DiskDiff, ...]:
         # A disk that is gone since is still one that the checkpoint tracks.
         for recorded in history.get(start).disks:
             if recorded.bitmap is not None:
-                sizes.setdefault(recorded.name, recorded.size or 0)
+                sizes[recorded.name] = max(recorded.size or 0, sizes.get(recorded.name, 0))
         sources, maps = _read_open(session, history, start, tuple(sizes))
         return tuple(
             _answer(session, history, source, sizes[source.disk], maps) for source in sources
@@ -89,16 +89,24 @@ def _read_open(
         ]
         wanted = {source.disk: source.bitmap for source in sources if source.bitmap is not None}
         try:
-            return sources, _read(session, history, wanted)
+            return sources, read_bitmaps(session, history, wanted)
         except BitmapBroken as error:
-            known = unreadable.get(error.disk or "", frozenset())
-            if error.disk is None or error.disk not in wanted or wanted[error.disk] in known:
-                raise
             log.info("%s", error)
-            unreadable[error.disk] = known | {wanted[error.disk]}
+            # Where it is not told which disk it is, none can be read.
+            for disk in wanted if error.disk is None else (error.disk,):
+                known = unreadable.get(disk, frozenset())
+                if disk not in wanted or wanted[disk] in known:
+                    raise
+                unreadable[disk] = known | {wanted[disk]}
 
 
-def _read(session: Session, history: History, wanted: Mapping[str, str]) -> Mapping[str, DirtyMap]:
+def read_bitmaps(
+    session: Session, history: History, wanted: Mapping[str, str]
+) -> Mapping[str, DirtyMap]:
+    """The bitmaps of checkpoints, `wanted` by disk, as they are now.
+
+    Raises BitmapBroken, with the disk, if one is not what it should be.
+    """
     if not wanted:
         return {}
     with session.workspace() as workspace:
@@ -128,7 +136,7 @@ def _plan_read(
                 scratch=workspace.scratch(target),
             )
         )
-    socket = workspace.socket if engine is not EngineName.OFFLINE else None
+    socket = workspace.address if engine is not EngineName.OFFLINE else None
     plan = planner(engine).read(ReadRequest(tuple(disks), socket))
     if engine is EngineName.LIBVIRT:
         plan = projection.with_known(session, history, disks, plan)

@@ -8,7 +8,7 @@ from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, State
 from ..document import bitmap_sizes
 from ..domain.disk import DiskLayers
 from ..domain.known import known_document
-from ..errors import NoCheckpoint, Unsupported
+from ..errors import BitmapBroken, NoCheckpoint, ReadOnlyConnection, Unsupported
 from .session import Session
 
 
@@ -16,7 +16,7 @@ def observe(session: Session, checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` with the states of its disks as they really are.
 
     Where nobody can be asked (a stopped domain of another machine, a checkpoint that libvirt was
-    not told of), the recorded states stand.
+    not told of, a connection that only allows reading), the recorded states stand.
     """
     try:
         engine = session.choice.engine
@@ -26,7 +26,7 @@ def observe(session: Session, checkpoint: Checkpoint) -> Checkpoint:
         else:
             layers = session.layers(engine)
             disks = tuple(by_layers(disk, layers.get(disk.name)) for disk in checkpoint.disks)
-    except (NoCheckpoint, Unsupported):
+    except (BitmapBroken, NoCheckpoint, ReadOnlyConnection, Unsupported):
         return checkpoint
     return replace(checkpoint, disks=disks)
 

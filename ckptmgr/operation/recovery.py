@@ -7,11 +7,9 @@ from dataclasses import replace
 
 from ..checkpoint import EngineName
 from ..errors import CkptmgrError, ConnectionFailed, StoreDamaged, StoreFailed
-from ..plan import planner
-from ..plan.request import UndoRequest
 from ..plan.steps import CheckpointDelete
 from ..store import Intent, Loaded
-from . import archive, deletion
+from . import archive, creation, deletion, reversion
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
@@ -41,6 +39,8 @@ def settle(session: Session) -> None:
         _settle_redefine(session, intent, loaded)
     elif intent.operation == "archive":
         _settle_archive(session, intent, loaded)
+    elif intent.operation == "revert":
+        reversion.settle(session, intent)
     elif intent.operation == "adopt":
         # Each document stands for itself; the next adopt takes the rest.
         session.store.clear_intent()
@@ -60,7 +60,7 @@ def _settle_create(session: Session, intent: Intent, loaded: Loaded) -> None:
             session.commit_current(replace(loaded.history, current=name), loaded.record)
     else:
         log.warning("taking back the interrupted creation of checkpoint %s", name)
-        _take_back(session, intent, name)
+        creation.take_back(session, intent, name)
     session.store.clear_intent()
 
 
@@ -83,23 +83,3 @@ def _settle_archive(session: Session, intent: Intent, loaded: Loaded) -> None:
     except CkptmgrError as error:
         log.warning("the other bitmaps stay: %s", error)
         session.store.clear_intent()
-
-
-def _take_back(session: Session, intent: Intent, name: str) -> None:
-    engine = EngineName.OFFLINE
-    if session.active:
-        engine = EngineName.LIBVIRT if session.backup[0] else EngineName.MONITOR
-    asked = EngineName(intent.engine)
-    if session.active and asked is EngineName.MONITOR:
-        # Bitmaps that are not persistent, and what was made for reading, only QMP shows.
-        engine = EngineName.MONITOR
-    steps = planner(engine).undo_create(
-        UndoRequest(
-            name=name,
-            redefinition=str(intent.data["redefinition"]),
-            disks=tuple(session.layers(engine).values()),
-            socket=session.place().socket if session.active else None,
-            told_libvirt=session.tells_libvirt,
-        )
-    )
-    session.engine(engine).run(steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from ..align import find_disk
@@ -9,7 +10,7 @@ from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
 from ..consistency import shown_disks
 from ..document import format_libvirt, parse_libvirt
 from ..domain.disk import Disk
-from ..errors import CheckpointExists, InvalidDocument, InvalidRequest
+from ..errors import CheckpointExists, CkptmgrError, InvalidDocument, InvalidRequest
 from ..history import History
 from ..plan.steps import CheckpointDelete, CheckpointRedefine, Plan, Step
 from ..store import Intent, Loaded
@@ -19,6 +20,8 @@ from . import projection
 from .listing import view
 from .observation import observe
 from .session import Session
+
+log = logging.getLogger("ckptmgr")
 
 UNKNOWN = "the checkpoint was redefined from its XML, which does not hold it"
 
@@ -36,19 +39,37 @@ def redefine(session: Session, document: str, *, validate: bool) -> CheckpointVi
             if not known:
                 checkpoint = observe(session, checkpoint)
             session.store.save_checkpoint(checkpoint)
+            history = _with(loaded.history, checkpoint)
+            if history.current != loaded.history.current:
+                session.commit_current(history, loaded.record)
         except BaseException:
-            if not known:
-                session.engine(plan.engine).run(plan.undo)
-            session.store.clear_intent()
+            _take_back(session, loaded, checkpoint.name, plan)
             raise
-        if known:
-            history = loaded.history.replace(checkpoint)
-        else:
-            history = loaded.history.add(checkpoint, becomes_current(loaded.history, checkpoint))
-        if history.current != loaded.history.current:
-            session.commit_current(history, loaded.record)
-        session.store.clear_intent()
+        session.clear_intent()
         return view(history, checkpoint, session.view)
+
+
+def _with(history: History, checkpoint: Checkpoint) -> History:
+    if checkpoint.name in history.checkpoints:
+        return history.replace(checkpoint)
+    return history.add(checkpoint, becomes_current(history, checkpoint))
+
+
+def _take_back(session: Session, loaded: Loaded, name: str, plan: Plan) -> None:
+    try:
+        known = loaded.history.checkpoints.get(name)
+        if known is None:
+            session.withdraw((name,), loaded)
+            session.engine(plan.engine).run(plan.undo)
+        else:
+            session.store.save_checkpoint(known)
+        session.store.clear_intent()
+    except CkptmgrError as failure:
+        log.warning(
+            "the redefinition of %s could not be taken back; the next command settles it: %s",
+            name,
+            failure,
+        )
 
 
 def plan_redefine(session: Session, document: str, *, validate: bool) -> Plan:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint import NAME_PATTERN, Checkpoint, CheckpointDisk, EngineName, State
+from ..checkpoint import Checkpoint, EngineName, Interval, State, archived
 from ..consistency import (
     Action,
     Adopt,
@@ -14,7 +16,10 @@ from ..consistency import (
     EndJob,
     Finding,
     Forget,
+    GoBack,
+    MarkArchived,
     MarkBroken,
+    MarkUnknown,
     Redefine,
     RemoveBitmap,
     SetAside,
@@ -23,142 +28,207 @@ from ..consistency import (
     examine,
     shown_disks,
 )
-from ..document import format_libvirt
+from ..errors import CkptmgrError, ConnectionFailed, StoreFailed
+from ..history import History
 from ..plan import planner
-from ..plan.libvirt import with_disks
+from ..plan.libvirt import discard, forget
 from ..plan.request import DeleteDisk, DeleteRequest
-from ..plan.steps import BackupEnd, CheckpointDelete, CheckpointRedefine
-from ..store import RECORD, Loaded
-from . import adoption, projection
+from ..plan.steps import BackupEnd, CheckpointRedefine, Plan, Step
+from . import adoption, noticing, projection
 from .examination import observe_all
 from .recovery import settle
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
 
-ROUNDS = 10
-"""A cure may bring up another finding; more rounds than there are kinds would be a defect."""
+ROUNDS = 1000
+"""A cure may bring up another finding, and each is tried once; an end to it in any case."""
 
 
 def check(session: Session) -> tuple[Finding, ...]:
     """What does not fit together.  See Domain.check."""
-    return examine(observe_all(session, session.loaded()))
+    with _undisturbed(session):
+        return examine(observe_all(session))
+
+
+@contextmanager
+def _undisturbed(session: Session) -> Iterator[None]:
+    """Hold the lock, so that what another process is doing is not taken for left behind."""
+    if not session.store.path.exists():
+        yield  # and nothing is made by looking
+        return
+    held = session.store.lock(session.settings.lock_timeout)
+    try:
+        held.__enter__()
+    except StoreFailed as error:
+        # A store that cannot be written: nobody else changes it either.
+        log.info("%s", error)
+        yield
+        return
+    try:
+        yield
+    finally:
+        held.__exit__(None, None, None)
 
 
 def repair(session: Session, *, foreign: bool) -> tuple[Finding, ...]:
     """Cure what can be cured; returns the findings that were.  See Domain.repair."""
     session.require_writable()
-    cured: list[Finding] = []
+    met: dict[Finding, None] = {}
+    tried: set[Finding] = set()
     with session.store.lock(session.settings.lock_timeout):
         for _ in range(ROUNDS):
             session = session.renewed()
-            wanted = [finding for finding in check(session) if curable(finding, foreign=foreign)]
+            found = examine(observe_all(session))
+            wanted = [
+                finding
+                for finding in found
+                if finding.curable(foreign=foreign) and finding not in tried
+            ]
+            met.update(dict.fromkeys(wanted))
             if not wanted:
                 break
             for finding in wanted:
-                if finding.action is not None and finding not in cured:
-                    _cure(session, session.loaded(), finding.action)
-                    cured.append(finding)
-                    if isinstance(finding.action, Settle | Adopt | SetAside):
-                        break  # what was found after it may not hold any more
-    return tuple(cured)
+                tried.add(finding)
+                _cure(session, finding)
+                if isinstance(finding.action, Settle | Adopt | SetAside | SetCurrent | GoBack):
+                    break  # what was found after it may not hold any more
+        session.sweep()
+    left = set(found)
+    return tuple(finding for finding in met if finding not in left)
 
 
-def curable(finding: Finding, *, foreign: bool) -> bool:
-    """Whether repair has a cure that it may use."""
+def plan_repair(session: Session, *, foreign: bool) -> Plan:
+    """What repair() would do about what is there now; nothing is touched."""
+    session.require_writable()
+    with _undisturbed(session):
+        found = [each for each in examine(observe_all(session)) if not each.harmless]
+    history = session.loaded().history
+    steps: list[Step] = []
+    engine = EngineName.LIBVIRT if session.active else EngineName.OFFLINE
+    notes = []
+    for finding in found:
+        notes.append(f"{finding.message}: {finding.cure}")
+        if finding.action is not None and finding.curable(foreign=foreign):
+            plan = _plan(session, _recorded(history, finding.action), finding.action)
+            engine = plan.engine if plan.steps else engine
+            steps += plan.steps
+    return Plan(engine, tuple(steps), notes=tuple(notes))
+
+
+def _cure(session: Session, finding: Finding) -> None:
+    """One cure; if it fails, the finding stays."""
     if finding.action is None:
-        return False
-    return foreign or not (isinstance(finding.action, RemoveBitmap) and finding.action.foreign)
+        return
+    log.info("%s: %s", finding.message, finding.cure)
+    try:
+        _act(session, finding.action)
+    except (ConnectionFailed, StoreFailed):
+        raise
+    except CkptmgrError as error:
+        log.warning("this could not be cured: %s: %s", finding.message, error)
 
 
-def _cure(session: Session, loaded: Loaded, action: Action) -> None:
+def _act(session: Session, action: Action) -> None:
+    loaded = session.loaded()
     match action:
         case Settle():
             settle(session)
         case EndJob():
-            socket = session.place().socket
-            if socket is not None:
-                session.engine(EngineName.LIBVIRT).run((BackupEnd(socket),))
+            session.release(session.place())
         case ClearWorkspace():
             session.place().clear()
         case SetAside():
             session.store.set_aside(Path(action.path))
-            if Path(action.path).name == RECORD:
-                session.commit_current(loaded.history, loaded.record)
         case SetCurrent():
             history = replace(loaded.history, current=action.checkpoint)
             session.commit_current(history, loaded.record)
-        case MarkBroken():
-            _mark_broken(session, loaded, action)
-        case RemoveBitmap():
-            _remove(session, loaded, action.bitmap, action.disk)
-        case Redefine():
-            _redefine(session, loaded, action.checkpoint)
-        case Forget():
-            forget = CheckpointDelete(action.checkpoint, metadata_only=True, missing_ok=True)
-            session.engine(EngineName.LIBVIRT).run((forget,))
+        case GoBack():
+            loaded = noticing.notice(session, loaded)
+            if loaded.history.current != action.checkpoint:
+                noticing.follow(session, loaded, action.checkpoint)
         case Adopt():
             adoption.adopt_under_lock(session, loaded)
+        case _:
+            # First the record: a bitmap that is not counted on any more does no harm.
+            history = _recorded(loaded.history, action)
+            for name, checkpoint in history.checkpoints.items():
+                if checkpoint is not loaded.history.checkpoints[name]:
+                    session.store.save_checkpoint(checkpoint)
+            plan = _plan(session, history, action)
+            session.engine(plan.engine).run(plan.steps)
 
 
-def _mark_broken(session: Session, loaded: Loaded, action: MarkBroken) -> None:
-    """First the record: a bitmap that is not trusted any more does no harm."""
-    checkpoint = loaded.history.get(action.checkpoint)
-    disks = tuple(
-        replace(disk, state=State.BROKEN, reason=action.reason)
-        if disk.name == action.disk
-        else disk
-        for disk in checkpoint.disks
-    )
-    session.store.save_checkpoint(replace(checkpoint, disks=disks))
-    if action.remove:
-        _remove(session, session.loaded(), action.checkpoint, action.disk)
+def _recorded(history: History, action: Action) -> History:
+    """The history with what an action records: pure."""
+    match action:
+        case MarkBroken():
+            checkpoint = history.get(action.checkpoint)
+            disks = tuple(
+                replace(disk, state=State.BROKEN, reason=action.reason)
+                if disk.name == action.disk
+                else disk
+                for disk in checkpoint.disks
+            )
+            return history.replace(replace(checkpoint, disks=disks))
+        case MarkArchived():
+            return history.replace(archived(history.get(action.checkpoint), (action.disk,)))
+        case MarkUnknown():
+            return history.replace(_forgotten(history.get(action.checkpoint), action))
+    return history
 
 
-def _remove(session: Session, loaded: Loaded, bitmap: str, target: str) -> None:
+def _forgotten(checkpoint: Checkpoint, action: MarkUnknown) -> Checkpoint:
+    disks = []
+    for disk in checkpoint.disks:
+        if disk.name == action.disk and disk.interval is not None:
+            disk = replace(disk, interval=Interval(disk.interval.since, None, action.reason))
+        disks.append(disk)
+    return replace(checkpoint, disks=tuple(disks))
+
+
+def _plan(session: Session, history: History, action: Action) -> Plan:
+    """The steps of an action, when what it records is recorded."""
+    match action:
+        case MarkBroken(remove=True) | MarkArchived(remove=True):
+            plan = _removal(session, action.disk, action.checkpoint)
+            return _with_shown(session, history, action.checkpoint, plan)
+        case MarkBroken() | MarkArchived():
+            plan = Plan(EngineName.LIBVIRT, ())
+            return _with_shown(session, history, action.checkpoint, plan)
+        case RemoveBitmap():
+            return _removal(session, action.disk, action.bitmap)
+        case Redefine():
+            plan = Plan(EngineName.LIBVIRT, ())
+            return _with_shown(session, history, action.checkpoint, plan)
+        case Forget():
+            return Plan(EngineName.LIBVIRT, (forget(action.checkpoint),))
+        case EndJob():
+            address = session.place().address
+            return Plan(EngineName.LIBVIRT, () if address is None else (BackupEnd(address),))
+    return Plan(EngineName.LIBVIRT, ())
+
+
+def _removal(session: Session, target: str, bitmap: str) -> Plan:
     """Remove a bitmap; of a running domain with libvirt's own calls, where it takes them."""
-    engine = EngineName.OFFLINE
-    if session.active:
-        usable = (
-            session.tells_libvirt
-            and session.asked is not EngineName.MONITOR
-            and NAME_PATTERN.fullmatch(bitmap) is not None
-        )
-        engine = EngineName.LIBVIRT if usable else EngineName.MONITOR
-    checkpoint = loaded.history.checkpoints.get(bitmap) or _stranger(session, bitmap)
-    shown = projection.shown(session, loaded.history, checkpoint)
-    layers = session.layers(engine).get(target)
-    plan = planner(engine).delete(
-        DeleteRequest(
-            name=bitmap,
-            disks=(DeleteDisk(target, layers),),
-            known_to_libvirt=False,
-            redefinition=with_disks(format_libvirt(_tracking(shown, target)), (target,)),
-        )
+    usable = (
+        session.tells_libvirt
+        and session.asked is not EngineName.MONITOR
+        and bitmap.isprintable()  # XML takes it
     )
-    session.engine(engine).run(plan.steps)
-    if bitmap in loaded.history.checkpoints and session.tells_libvirt:
-        _redefine(session, loaded, bitmap)
+    if session.active and usable:
+        return Plan(EngineName.LIBVIRT, discard(bitmap, (target,)))
+    engine = EngineName.MONITOR if session.active else EngineName.OFFLINE
+    disk = DeleteDisk(target, session.layers(engine).get(target))
+    return planner(engine).delete(DeleteRequest(bitmap, (disk,), known_to_libvirt=False))
 
 
-def _tracking(checkpoint: Checkpoint, target: str) -> Checkpoint:
-    """`checkpoint` as if its bitmap of one disk were all it has, for libvirt to delete."""
-    disk = CheckpointDisk(target, bitmap=checkpoint.name, state=State.RECORDING)
-    others = (CheckpointDisk(other.name) for other in checkpoint.disks if other.name != target)
-    return replace(checkpoint, disks=(disk, *others))
-
-
-def _stranger(session: Session, bitmap: str) -> Checkpoint:
-    disks = tuple(CheckpointDisk(disk.target) for disk in session.disks)
-    return Checkpoint(bitmap, 1, None, EngineName.LIBVIRT, disks, domain_xml=session.definition())
-
-
-def _redefine(session: Session, loaded: Loaded, name: str) -> None:
-    """Show libvirt a checkpoint as the store has it, or forget one without bitmaps."""
-    checkpoint = loaded.history.get(name)
+def _with_shown(session: Session, history: History, name: str, plan: Plan) -> Plan:
+    """`plan`, and then libvirt is shown a checkpoint as it is recorded, if it has bitmaps."""
+    if not session.tells_libvirt:
+        return plan
+    checkpoint = history.get(name)
     if not shown_disks(checkpoint):
-        step = CheckpointDelete(name, metadata_only=True, missing_ok=True)
-        session.engine(EngineName.LIBVIRT).run((step,))
-        return
-    document = format_libvirt(projection.shown(session, loaded.history, checkpoint))
-    session.engine(EngineName.LIBVIRT).run((CheckpointRedefine(name, document),))
+        return replace(plan, steps=(*plan.steps, forget(name)))
+    document = projection.document(session, history, checkpoint)
+    return replace(plan, steps=(*plan.steps, CheckpointRedefine(name, document)))

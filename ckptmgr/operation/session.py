@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..branch import agrees
 from ..checkpoint import EngineName
 from ..config import Settings
 from ..domain.adapter import DomainAdapter
 from ..domain.disk import Disk, DiskLayers
-from ..domain.marker import Marker
 from ..engine.choice import Choice, Stack, choose
-from ..errors import OperationFailed, ReadOnlyConnection, Unsupported
+from ..errors import (
+    InvalidDocument,
+    OperationFailed,
+    ReadOnlyConnection,
+    StoreFailed,
+    Unsupported,
+)
 from ..history import History
+from ..marker import Marker
 from ..store import DomainRecord, DomainStore, Loaded
 from ..views import DomainView
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
+    from ..plan.steps import Server, TcpServer
 
 log = logging.getLogger("ckptmgr")
 
@@ -32,11 +41,19 @@ class Workspace:
     """Where QEMU may make a socket and scratch files, all called `prefix` and something.
 
     They lie in one folder without subfolders: AppArmor lets QEMU write just there.  `folder` is
-    None where there is none: the domain does not run, or runs on another machine.
+    None where there is none: the domain does not run, or runs on another machine.  There `server`
+    may be the address at which libvirt is to serve its bitmaps, and scratch files go to `far`.
     """
 
     folder: Path | None
     prefix: str
+    server: TcpServer | None = None
+    far: Path | None = None
+
+    @property
+    def address(self) -> Server | None:
+        """Where QEMU is to serve NBD."""
+        return self.socket if self.server is None else self.server
 
     @property
     def socket(self) -> str | None:
@@ -45,9 +62,8 @@ class Workspace:
 
     def scratch(self, target: str) -> str | None:
         """Path of the scratch file of a disk's backup."""
-        if self.folder is None:
-            return None
-        return str(self.folder / f"{self.prefix}-{target}.scratch")
+        folder = self.folder or self.far
+        return None if folder is None else str(folder / f"{self.prefix}-{target}.scratch")
 
     def files(self) -> tuple[Path, ...]:
         """What is there: while nothing is under way, an interrupted operation left it."""
@@ -98,14 +114,18 @@ class Session:
         return self.adapter.active()
 
     @cached_property
+    def _description(self) -> str:
+        return self.adapter.description()
+
+    @cached_property
     def disks(self) -> tuple[Disk, ...]:
         """The domain's disks."""
-        return self.adapter.disks()
+        return self.adapter.disks(self._description)
 
     @cached_property
     def backup(self) -> tuple[bool, str]:
         """Whether libvirt's checkpoint and backup APIs work for this domain, and why."""
-        return self.adapter.backup_support()
+        return self.adapter.backup_support(self._description)
 
     @cached_property
     def stack(self) -> Stack:
@@ -149,23 +169,38 @@ class Session:
         return Session(self.adapter, self.store, self.settings, self.asked)
 
     def loaded(self) -> Loaded:
-        """What the store has; if its record of the current checkpoint is lost, by the marker."""
+        """What the store has, with a current checkpoint; see `with_current`."""
         loaded = self.store.load()
-        if loaded.record.name or not loaded.history.checkpoints:
+        if not lost_current(loaded):
             return loaded
-        marker = self.adapter.marker()
-        if marker is None or marker.checkpoint not in loaded.history.checkpoints:
-            return loaded
-        record = DomainRecord(self.adapter.name, marker.checkpoint, marker.generation)
-        history = replace(loaded.history, current=marker.checkpoint)
-        return replace(loaded, history=history, record=record)
+        return with_current(loaded, self.marker(), self.adapter.name)
+
+    def marker(self) -> Marker | None:
+        """The domain's marker; None, too, where there is something else in its place."""
+        try:
+            return self.adapter.marker()
+        except InvalidDocument as error:
+            log.warning("%s", error)
+            return None
 
     def history(self) -> History:
         """The history as recorded.  Damaged documents are reported, and left alone."""
         loaded = self.loaded()
         for damage in loaded.damaged:
             log.warning("%s", damage.message)
+        self._compare_marker(loaded)
         return loaded.history
+
+    def _compare_marker(self, loaded: Loaded) -> None:
+        marker = self.marker()
+        if not agrees(marker, loaded.history, loaded.record):
+            log.warning(
+                "the marker of domain %s names checkpoint %s, and the store %s: the next command "
+                "that changes something finds out what happened",
+                self.adapter.name,
+                None if marker is None else marker.checkpoint,
+                loaded.history.current,
+            )
 
     def definition(self) -> str:
         """The domain as it will be at its next start; with its secrets, the store being private."""
@@ -183,6 +218,8 @@ class Session:
     def place(self) -> Workspace:
         """Where a socket and scratch files would be made; nothing is touched."""
         own = self.settings.socket_directory
+        if not self.adapter.connection.local:
+            return self._far_place()
         if own is not None:
             return Workspace(own, self.adapter.uuid)
         if not self.active:
@@ -193,6 +230,25 @@ class Session:
             log.info("%s", error)
             return Workspace(None, "ckptmgr")
 
+    def _far_place(self) -> Workspace:
+        """Where the settings allow a hypervisor elsewhere to serve bitmaps to us."""
+        settings = self.settings
+        if settings.nbd_address is None or not self.active:
+            return Workspace(None, "ckptmgr")
+        from ..plan.steps import TcpServer
+
+        certificates = settings.nbd_certificates
+        server = TcpServer(
+            settings.nbd_address,
+            settings.nbd_port,
+            settings.nbd_tls,
+            None if certificates is None else str(certificates),
+        )
+        # What a crash of that machine leaves we could not remove, and libvirt refuses a file that
+        # is there: so the name is always another.
+        prefix = f"ckptmgr-{self.adapter.uuid}-{time.time_ns():x}"
+        return Workspace(None, prefix, server, settings.nbd_scratch)
+
     @contextmanager
     def workspace(self) -> Iterator[Workspace]:
         """Names for a socket and scratch files of QEMU's; what is left of them is removed.
@@ -200,11 +256,26 @@ class Session:
         To be used under the domain's lock, since the names are always the same.
         """
         space = self.place()
+        self.release(space)
+        yield space
+        # Not after a failure: a job or server that could not be ended is known by its socket.
         space.clear()
-        try:
-            yield space
-        finally:
-            space.clear()
+
+    def release(self, space: Workspace) -> None:
+        """End what an interrupted operation left running, and remove its files."""
+        if space.server is not None and self.tells_libvirt:
+            from ..plan.steps import BackupEnd
+
+            self.engine(EngineName.LIBVIRT).run((BackupEnd(space.server),))
+        if space.files() and space.socket is not None and self.active:
+            from ..engine.monitor import listening
+            from ..plan.steps import BackupEnd, NbdStop
+
+            self.engine(EngineName.LIBVIRT).run((BackupEnd(space.socket),))
+            if listening(space.socket):
+                # Not libvirt's server, so it was made through the monitor.
+                self.engine(EngineName.MONITOR).run((NbdStop(space.socket),))
+        space.clear()
 
     def require_writable(self) -> None:
         """Raises ReadOnlyConnection where nothing can be changed."""
@@ -216,12 +287,40 @@ class Session:
     @contextmanager
     def locked(self) -> Iterator[Loaded]:
         """Hold the domain's lock; what an interrupted operation left behind is settled first."""
+        from .noticing import notice
         from .recovery import settle
 
         self.require_writable()
         with self.store.lock(self.settings.lock_timeout):
             settle(self)
-            yield self.loaded()
+            loaded = self.loaded()
+            if loaded.record.paused is not None:
+                from .pausing import go_on
+
+                loaded = go_on(self, loaded)
+            yield notice(self, loaded)
+
+    def clear_intent(self) -> None:
+        """The operation is done; if the intent stays, the next command finds nothing to do."""
+        try:
+            self.store.clear_intent(sync=False)
+        except StoreFailed as error:
+            log.warning("%s", error)
+
+    def sweep(self) -> None:
+        """Remove what nothing names from the store; it does no harm if it stays."""
+        try:
+            self.store.sweep()
+        except StoreFailed as error:
+            log.warning("%s", error)
+
+    def withdraw(self, names: Iterable[str], loaded: Loaded) -> None:
+        """Take back what was recorded of checkpoints since `loaded`.  Raises StoreFailed."""
+        for name in names:
+            self.store.remove_checkpoint(name)
+        now = self.store.load().record
+        if now.current is not None and now.current not in loaded.history.checkpoints:
+            self.commit_current(loaded.history, now)
 
     def commit_current(self, history: History, record: DomainRecord) -> DomainRecord:
         """Record which checkpoint is current, in the store and then in the domain's marker.
@@ -229,7 +328,9 @@ class Session:
         A marker that cannot be set is no reason to fail: the store is the truth.
         """
         generation = record.generation + 1
-        record = DomainRecord(self.adapter.name, history.current, generation)
+        record = replace(
+            record, name=self.adapter.name, current=history.current, generation=generation
+        )
         self.store.save_record(record)
         try:
             self.adapter.set_marker(
@@ -238,3 +339,30 @@ class Session:
         except (OperationFailed, Unsupported) as error:
             log.warning("the marker of domain %s could not be set: %s", self.adapter.name, error)
         return record
+
+
+def lost_current(loaded: Loaded) -> bool:
+    """Whether the record of the current checkpoint is lost, or names one that is."""
+    if loaded.history.current is not None or not loaded.history.checkpoints:
+        return False
+    return not loaded.record.name or loaded.record.current is not None
+
+
+def with_current(loaded: Loaded, marker: Marker | None, domain: str) -> Loaded:
+    """What the store has when its current checkpoint is lost: pure.
+
+    The marker says which is current, and else the newest is.  Bitmaps are not read before they
+    were seen to be valid, so that a wrong guess makes no wrong answer.
+
+    domain -- the domain's name
+    """
+    generation = max(loaded.record.generation, 0 if marker is None else marker.generation)
+    if marker is not None and marker.checkpoint in loaded.history.checkpoints:
+        current = marker.checkpoint
+    else:
+        current = loaded.history.newest()
+    return replace(
+        loaded,
+        history=replace(loaded.history, current=current),
+        record=DomainRecord(domain, current, generation),
+    )

@@ -43,8 +43,8 @@ def open_ended(
 ) -> Source:
     """What changed on `disk` since `start` until now.
 
-    The closed intervals up to the newest checkpoint that tracks the disk, and that one's bitmap;
-    or else the bitmap of `start` itself, if it still records on the line that is current.
+    The closed intervals up to a checkpoint of the current line, and that one's bitmap, which
+    records since: the newest for which both are known, or at last `start` itself.
 
     disks -- the domain's disks now
     unreadable -- checkpoints whose bitmap of this disk turned out to be broken
@@ -55,19 +55,18 @@ def open_ended(
     if recorded is None or recorded.bitmap is None:
         reason = recorded.reason if recorded is not None else None
         return Source(disk, broken=f"{start} does not track it" + (f": {reason}" if reason else ""))
-    tracker = history.tracker(disk, history.current)
-    why = f"no checkpoint of the current line tracks {disk}"
-    if tracker is not None:
-        why = _why_unreadable(history, disk, tracker, disks, unreadable)
-        if not why:
-            source = closed(history, disk, start, tracker)
+    why = ""
+    for name in (history.current, *history.ancestors(history.current)):
+        if not history.tracks(disk, name):
+            continue
+        problem = _why_unreadable(history, disk, name, disks, unreadable)
+        if not problem:
+            source = closed(history, disk, start, name)
             if source.broken is None:
-                return Source(disk, maps=source.maps, bitmap=tracker)
-            why = source.broken
-    on_line = start == history.current or start in history.ancestors(history.current)
-    if on_line and not _why_unreadable(history, disk, start, disks, unreadable):
-        return Source(disk, bitmap=start)
-    return Source(disk, broken=why)
+                return Source(disk, maps=source.maps, bitmap=name)
+            problem = source.broken
+        why = why or problem
+    return Source(disk, broken=why or f"no checkpoint of the current line tracks {disk}")
 
 
 def _why_unreadable(

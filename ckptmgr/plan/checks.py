@@ -5,17 +5,31 @@ from __future__ import annotations
 from ..domain.disk import DiskLayers, Layer
 from ..errors import BitmapBroken, CheckpointExists, OperationFailed, Unsupported
 from .request import CreateRequest
+from .steps import Server, TcpServer
 
 SOCKET_MAX = 107
 """Bytes of a unix socket's path: sun_path of unix(7) is 108 with the final NUL."""
 
 
-def check_socket(path: str | None) -> str:
-    """The path of the socket, if a unix socket can have it.  Raises Unsupported."""
-    if path is None:
+def check_server(server: Server | None) -> Server:
+    """Where NBD can be served to us.  Raises Unsupported."""
+    if server is None:
         raise Unsupported(
             "dirty bitmaps cannot be read here: there is no folder for a socket that both QEMU "
-            "and ckptmgr can reach"
+            "and ckptmgr can reach",
+            hint="run ckptmgr on the hypervisor (socket_directory in ckptmgr.toml names another "
+            "folder), or set nbd_address there to read over the network",
+        )
+    return server if isinstance(server, TcpServer) else check_socket(server)
+
+
+def check_socket(path: Server | None) -> str:
+    """The path of the socket, if a unix socket can have it.  Raises Unsupported."""
+    path = path if isinstance(path, str) else check_server(path)
+    if isinstance(path, TcpServer):
+        raise Unsupported(
+            "engine 'monitor' reads dirty bitmaps through a unix socket of the hypervisor alone",
+            hint="run ckptmgr on the hypervisor",
         )
     length = len(path.encode())
     if length > SOCKET_MAX:

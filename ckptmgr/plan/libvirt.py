@@ -14,7 +14,7 @@ from lxml import etree
 from ..checkpoint import EngineName
 from ..errors import OperationFailed
 from ..xml import parse, to_text
-from .checks import check_socket
+from .checks import check_server
 from .request import (
     CreateDisk,
     CreateRequest,
@@ -34,7 +34,9 @@ from .steps import (
     Plan,
     Quiesced,
     ReadMaps,
+    Server,
     Step,
+    TcpServer,
 )
 
 
@@ -47,9 +49,9 @@ def create(request: CreateRequest) -> Plan:
         begin = CheckpointCreate(request.document)
         rest: tuple[Step, ...] = ()
     else:
-        socket = check_socket(request.socket)
-        begin = BackupBegin(_backup(socket, ending), request.document)
-        rest = (ReadMaps(socket, _exports(ending)), BackupEnd(socket))
+        server = check_server(request.socket)
+        begin = BackupBegin(_backup(server, ending), request.document)
+        rest = (ReadMaps(server, _exports(server, ending)), BackupEnd(server))
     first: Step = begin if request.quiesce is None else Quiesced(begin, request.quiesce)
     return Plan(
         EngineName.LIBVIRT,
@@ -74,7 +76,7 @@ def delete(request: DeleteRequest) -> Plan:
     """
     if request.metadata_only:
         known = request.known_to_libvirt
-        steps: tuple[Step, ...] = (_forget(request.name),) if known else ()
+        steps: tuple[Step, ...] = (forget(request.name),) if known else ()
         return Plan(EngineName.LIBVIRT, steps)
     held = [
         disk.target
@@ -82,7 +84,7 @@ def delete(request: DeleteRequest) -> Plan:
         if not disk.missing and (disk.layers is None or disk.layers.holding(request.name))
     ]
     if not held:
-        steps = (_forget(request.name),) if request.known_to_libvirt else ()
+        steps = (forget(request.name),) if request.known_to_libvirt else ()
         note = f"no disk has a bitmap of checkpoint {request.name}: its metadata alone is deleted"
         return Plan(EngineName.LIBVIRT, steps, notes=(note,))
     if request.known_to_libvirt and len(held) == len(request.disks):
@@ -102,19 +104,51 @@ def delete(request: DeleteRequest) -> Plan:
     )
 
 
-def _forget(name: str) -> CheckpointDelete:
+def forget(name: str) -> CheckpointDelete:
+    """Delete libvirt's metadata of a checkpoint, if it has any."""
     return CheckpointDelete(name, metadata_only=True, missing_ok=True)
+
+
+DISCARD = "ckptmgr-discard"
+"""Name of the checkpoint that libvirt is shown for a moment to remove a bitmap through it."""
+
+
+def discard(bitmap: str, targets: Iterable[str]) -> tuple[Step, ...]:
+    """Remove a bitmap of any name from disks, which may not have it, and leave all else alone.
+
+    libvirt removes the bitmap that a checkpoint's document names (7.0 to 11.3); so a checkpoint
+    that nothing stands on is shown to it with that bitmap, and deleted.  Neither the relations
+    of the other checkpoints nor libvirt's current one change.
+
+        <domaincheckpoint>
+          <name>ckptmgr-discard</name>
+          <creationTime>1</creationTime>
+          <disks>
+            <disk name='vda' checkpoint='bitmap' bitmap='c1'/>
+          </disks>
+        </domaincheckpoint>
+    """
+    root = etree.Element("domaincheckpoint")
+    etree.SubElement(root, "name").text = DISCARD
+    etree.SubElement(root, "creationTime").text = "1"
+    disks = etree.SubElement(root, "disks")
+    for target in targets:
+        etree.SubElement(disks, "disk", name=target, checkpoint="bitmap", bitmap=bitmap)
+    if not len(disks):
+        return ()
+    # What an interrupted removal left would be taken for this one.
+    return (forget(DISCARD), CheckpointPurge(DISCARD, to_text(root)))
 
 
 def read(request: ReadRequest) -> Plan:
     """Read open intervals, all of one instant, through a pull backup job."""
-    socket = check_socket(request.socket)
-    end = BackupEnd(socket)
+    server = check_server(request.socket)
+    end = BackupEnd(server)
     return Plan(
         EngineName.LIBVIRT,
         steps=(
-            BackupBegin(_backup(socket, request.disks), checkpoint=None),
-            ReadMaps(socket, _exports(request.disks)),
+            BackupBegin(_backup(server, request.disks), checkpoint=None),
+            ReadMaps(server, _exports(server, request.disks)),
             end,
         ),
         undo=(end,),
@@ -127,11 +161,19 @@ def _bitmap(target: str) -> str:
     return f"backup-{target}"
 
 
-def _exports(disks: Iterable[CreateDisk | ReadDisk]) -> tuple[Export, ...]:
+_OURS = "ckptmgr-"
+
+
+def _export(server: Server, target: str) -> str:
+    """Name of a disk's export.  A socket is ours by its path, an address by what it exports."""
+    return f"{_OURS}{target}" if isinstance(server, TcpServer) else target
+
+
+def _exports(server: Server, disks: Iterable[CreateDisk | ReadDisk]) -> tuple[Export, ...]:
     return tuple(
         Export(
             disk.target,
-            name=disk.target,
+            name=_export(server, disk.target),
             bitmap=_bitmap(disk.target),
             granularity=(
                 disk.granularity if isinstance(disk, ReadDisk) else disk.since_granularity
@@ -141,7 +183,7 @@ def _exports(disks: Iterable[CreateDisk | ReadDisk]) -> tuple[Export, ...]:
     )
 
 
-def _backup(socket: str, disks: Iterable[CreateDisk | ReadDisk]) -> str:
+def _backup(server: Server, disks: Iterable[CreateDisk | ReadDisk]) -> str:
     """The document for virDomainBackupBegin (domainbackup.rng); disks not listed take no part.
 
         <domainbackup mode='pull'>
@@ -155,10 +197,19 @@ def _backup(socket: str, disks: Iterable[CreateDisk | ReadDisk]) -> str:
           </disks>
         </domainbackup>
 
-    The scratch file is always named: without, libvirt would put it beside the image.
+    The scratch file is always named: without, libvirt would put it beside the image (or fail, for
+    a disk that is listed: 9.0).  Over the network it is
+
+          <server transport='tcp' tls='yes' name='192.0.2.7' port='10809'/>
     """
     root = etree.Element("domainbackup", mode="pull")
-    etree.SubElement(root, "server", transport="unix", socket=socket)
+    if isinstance(server, TcpServer):
+        place = {"name": server.host, "port": str(server.port)}
+        etree.SubElement(
+            root, "server", transport="tcp", tls="yes" if server.tls else "no", attrib=place
+        )
+    else:
+        etree.SubElement(root, "server", transport="unix", socket=server)
     listed = etree.SubElement(root, "disks")
     for disk in disks:
         if disk.scratch is None:
@@ -171,12 +222,29 @@ def _backup(socket: str, disks: Iterable[CreateDisk | ReadDisk]) -> str:
             type="file",
             backupmode="incremental",
             incremental=disk.since or "",
-            exportname=disk.target,
+            exportname=_export(server, disk.target),
             exportbitmap=_bitmap(disk.target),
         )
         etree.SubElement(element, "driver", type="qcow2")
         etree.SubElement(element, "scratch", file=disk.scratch)
     return to_text(root)
+
+
+def serves(job: str, server: Server) -> bool:
+    """Whether a backup job is one of ours that serves at `server`.
+
+    job -- its document, as of virDomainBackupGetXMLDesc
+    """
+    root = parse(job, what="the backup job")
+    found = root.find("server")
+    if found is None:
+        return False
+    if isinstance(server, str):
+        return found.get("socket") == server
+    exports = [disk.get("exportname", "") for disk in root.iterfind("disks/disk[@backup='yes']")]
+    return (found.get("name"), found.get("port")) == (server.host, str(server.port)) and all(
+        name.startswith(_OURS) for name in exports
+    )
 
 
 def tracked_disks(document: str) -> tuple[str, ...]:

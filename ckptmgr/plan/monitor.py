@@ -29,6 +29,7 @@ from .steps import (
     Plan,
     Quiesced,
     ReadMaps,
+    Server,
     Step,
     Transaction,
 )
@@ -86,7 +87,7 @@ def undo_create(request: UndoRequest) -> tuple[Step, ...]:
     steps: list[Step] = []
     if request.told_libvirt:
         steps.append(CheckpointDelete(request.name, metadata_only=True, missing_ok=True))
-    if request.socket is not None:
+    if isinstance(request.socket, str):
         steps.append(NbdStop(request.socket))
     refs: list[BitmapRef] = []
     for disk in request.disks:
@@ -188,7 +189,7 @@ class _Copy:
 
 
 def _reading(
-    socket: str | None, copies: list[_Copy]
+    socket: Server | None, copies: list[_Copy]
 ) -> tuple[tuple[Step, ...], list[Action], tuple[Step, ...]]:
     """What reading `copies` adds before the transaction, to it, and after it.
 
@@ -211,8 +212,8 @@ def _reading(
     return before, [action for copy in copies for action in copy.actions()], after
 
 
-def _release(socket: str | None, copies: list[_Copy]) -> tuple[Step, ...]:
-    if not copies or socket is None:
+def _release(socket: Server | None, copies: list[_Copy]) -> tuple[Step, ...]:
+    if not copies or not isinstance(socket, str):
         return ()
     return (
         NbdStop(socket),

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..domain.disk import DiskLayers
+from .steps import Server
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class CreateDisk:
     since -- the checkpoint whose bitmap, still recording, has the interval that the new one ends;
              None: there is none, or it is known to be broken
     since_granularity -- of that bitmap as recorded; None where not known
-    scratch -- path for a scratch file of this disk
+    scratch -- path for a scratch file of this disk, on the hypervisor
     """
 
     target: str
@@ -46,8 +47,8 @@ class CreateRequest:
     document -- for virDomainCheckpointCreateXML; "" where libvirt does not make it
     redefinition -- for REDEFINE of the same checkpoint, to tell libvirt or to take it back
     disks -- those that it tracks, in the domain's order
-    socket -- path for an NBD server, in a folder where QEMU may bind; None where no map can be
-              read (then no disk has a `since`)
+    socket -- where NBD is to be served: a path in a folder where QEMU may bind, or for the libvirt
+              engine an address; None where no map can be read (then no disk has a `since`)
     tell_libvirt -- whether libvirt is told of a checkpoint that another engine makes
     quiesce -- seconds for the guest agent to freeze and thaw; None: not to be asked
     """
@@ -56,7 +57,7 @@ class CreateRequest:
     document: str
     redefinition: str
     disks: tuple[CreateDisk, ...]
-    socket: str | None = None
+    socket: Server | None = None
     tell_libvirt: bool = False
     quiesce: float | None = None
 
@@ -74,7 +75,7 @@ class UndoRequest:
     name: str
     redefinition: str
     disks: tuple[DiskLayers, ...] = ()
-    socket: str | None = None
+    socket: Server | None = None
     told_libvirt: bool = False
 
 
@@ -113,7 +114,7 @@ class ReadDisk:
 
     since -- the checkpoint whose bitmap is read
     granularity -- of that bitmap as recorded; None where not known
-    scratch -- path for a scratch file of this disk
+    scratch -- as in CreateDisk
     """
 
     target: str
@@ -127,8 +128,8 @@ class ReadDisk:
 class ReadRequest:
     """Open intervals to read at one instant.
 
-    socket -- path for an NBD server, in a folder where QEMU may bind
+    socket -- as in CreateRequest
     """
 
     disks: tuple[ReadDisk, ...]
-    socket: str | None = None
+    socket: Server | None = None

@@ -35,6 +35,30 @@ class Export:
         return f"qemu:dirty-bitmap:{self.bitmap}"
 
 
+@dataclass(frozen=True)
+class TcpServer:
+    """libvirt's own NBD export of a running domain, reached over the network.
+
+    host, port -- what the hypervisor's QEMU binds to, and where we connect
+    tls -- both sides prove who they are (X.509), and nobody else can read
+    certificates -- folder of ours with ca-cert.pem, client-cert.pem and client-key.pem; None:
+        where libnbd looks
+    """
+
+    host: str
+    port: int
+    tls: bool = True
+    certificates: str | None = None
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'nbds' if self.tls else 'nbd'}://{host}:{self.port}"
+
+
+Server = str | TcpServer
+"""Where NBD is served: the path of a unix socket, or an address."""
+
+
 # --- libvirt's API ---------------------------------------------------------------------------
 
 
@@ -109,12 +133,12 @@ class BackupBegin:
 
 @dataclass(frozen=True)
 class BackupEnd:
-    """virDomainAbortJob of the pull backup whose NBD socket is `socket`, and waiting for its end.
+    """virDomainAbortJob of the pull backup that serves NBD at `socket`, and waiting for its end.
 
     Nobody else's job is touched; where there is none, there is nothing to do.
     """
 
-    socket: str
+    socket: Server
 
     def __str__(self) -> str:
         return "libvirt: end the pull backup job"
@@ -213,14 +237,15 @@ class NbdStop:
 
 @dataclass(frozen=True)
 class ReadMaps:
-    """Read dirty maps over NBD from a unix socket; unions where a disk occurs twice."""
+    """Read dirty maps over NBD; unions where a disk occurs twice."""
 
-    socket: str
+    socket: Server
     exports: tuple[Export, ...]
 
     def __str__(self) -> str:
         disks = ", ".join(dict.fromkeys(export.disk for export in self.exports))
-        return f"nbd: read the dirty map(s) of {disks}"
+        where = f" from {self.socket}" if isinstance(self.socket, TcpServer) else ""
+        return f"nbd: read the dirty map(s) of {disks}{where}"
 
 
 # --- qemu-img and qemu-nbd -------------------------------------------------------------------
@@ -290,6 +315,22 @@ class Quiesced:
         return f"{self.step}, with the guest's file systems frozen"
 
 
+# --- what the use cases do themselves ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Something that no engine does: a call of libvirt's about the domain or its snapshots.
+
+    words -- what it is, for people
+    """
+
+    words: str
+
+    def __str__(self) -> str:
+        return self.words
+
+
 Step = (
     CheckpointCreate
     | CheckpointRedefine
@@ -307,6 +348,7 @@ Step = (
     | ImageBitmap
     | ReadImageMap
     | Quiesced
+    | Direct
 )
 
 

@@ -16,23 +16,29 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint import Checkpoint, check_name
-from ..dirtymap import DirtyMap
 from ..document import format_store, parse_sealed
-from ..errors import InvalidDocument, InvalidRequest, StoreDamaged
+from ..errors import InvalidDocument, InvalidRequest, StoreDamaged, StoreFailed
 from ..history import History
 from . import files, lock, seal
 from .records import DomainRecord, Intent
+
+if TYPE_CHECKING:
+    from ..dirtymap import DirtyMap
 
 RECORD = "domain.json"
 """Name of the file that holds the DomainRecord."""
 
 INTENT = "intent.json"
 """Name of the file that holds the Intent."""
+
+ASIDE = ".damaged"
+"""Ends the names of files that were moved aside."""
 
 _DOCUMENT = ".xml"
 _MAP = ".map"
@@ -126,6 +132,8 @@ class DomainStore:
 
     def read_map(self, digest: str) -> DirtyMap:
         """A dirty map.  Raises StoreDamaged where it is missing or damaged, and StoreFailed."""
+        from ..dirtymap import DirtyMap  # most commands read none
+
         path = self._map_path(digest)
         with files.failing(path, "cannot be read"):
             try:
@@ -153,7 +161,7 @@ class DomainStore:
                 raise StoreDamaged(
                     f"{path}, the record of an interrupted operation, cannot be used: "
                     f"{error.message}",
-                    hint="compare checkpoints and bitmaps by hand, then move the file away",
+                    hint="`ckptmgr repair` moves it aside; `ckptmgr check` then tells what it left",
                 ) from error
 
     # --- writing -----------------------------------------------------------------------------
@@ -212,14 +220,26 @@ class DomainStore:
         files.write(self.path / RECORD, record.serialize())
 
     def write_intent(self, intent: Intent) -> None:
-        """Record an operation that is about to begin."""
-        self._require_lock()
-        files.write(self.path / INTENT, intent.serialize())
+        """Record an operation that is about to begin.
 
-    def clear_intent(self) -> None:
-        """The operation is done, or taken back."""
+        When it fails, no intent is left, as far as the disk lets go of one.
+        """
         self._require_lock()
-        files.remove(self.path / INTENT)
+        try:
+            files.write(self.path / INTENT, intent.serialize())
+        except StoreFailed:
+            with suppress(StoreFailed):
+                files.remove(self.path / INTENT)
+            raise
+
+    def clear_intent(self, *, sync: bool = True) -> None:
+        """The operation is done, or taken back.
+
+        Without `sync`, a power cut may bring the intent back until something else is written: for
+        an operation that is recorded, so that completing it again finds nothing to do.
+        """
+        self._require_lock()
+        files.remove(self.path / INTENT, sync=sync)
 
     def set_aside(self, path: Path) -> None:
         """Move a file that cannot be used out of the way; it stays beside, as ``….damaged``.
@@ -229,7 +249,19 @@ class DomainStore:
         self._require_lock()
         if path.parent != self.path:
             raise ValueError(f"{path} is not a file of this domain")
-        files.move(path, path.with_name(path.name + ".damaged"))
+        files.move(path, path.with_name(path.name + ASIDE))
+
+    def aside(self) -> frozenset[str]:
+        """Names of the checkpoints whose documents were moved aside and are not there again.
+
+        Raises StoreFailed.
+        """
+        suffix = _DOCUMENT + ASIDE
+        names = self._names(self.path)
+        there = {name.removesuffix(_DOCUMENT) for name in names if name.endswith(_DOCUMENT)}
+        return frozenset(
+            name.removesuffix(suffix) for name in names if name.endswith(suffix)
+        ) - frozenset(there)
 
     def sweep(self) -> tuple[Path, ...]:
         """Remove what crashes and deletions left behind; returns what was removed.
@@ -253,12 +285,16 @@ class DomainStore:
                 for checkpoint in loaded.history.checkpoints.values()
                 for disk in checkpoint.disks
                 if disk.interval is not None
+            } | {
+                f"{digest}{_MAP}"
+                for disks in loaded.record.tails.values()
+                for digest in disks.values()
             }
             unused += [
                 maps / name for name in map_names if _MAP_NAME.fullmatch(name) and name not in used
             ]
         for path in unused:
-            files.remove(path)
+            files.remove(path, sync=False)  # what comes back is swept again
         return tuple(unused)
 
     # --- how ---------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ What is durable when:
   has all of the old or all of the new content, and maybe a temporary file lies beside it.
 - `remove` and `make_folder` return: the name is gone, or there, whatever happens.
 
+Without `sync` that holds only after the next `sync_folder` of the folder, or `write` or `remove`
+in it with `sync`; until then, a power cut may leave the name as it was.
+
 The functions with an underscore are single system calls, for tests to record and to fail.
 """
 
@@ -14,7 +17,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -51,11 +53,8 @@ def failing(path: Path, what: str) -> Iterator[None]:
 
 
 def write(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Give `path` the content `data`, mode 0600.
-
-    Without `sync`, it is durable only after `sync_folder` on its folder.  Raises StoreFailed.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    """Give `path` the content `data`, mode 0600.  Raises StoreFailed."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     with failing(path, "cannot be written"):
         try:
             descriptor = _create(temporary)
@@ -74,11 +73,12 @@ def write(path: Path, data: bytes, *, sync: bool = True) -> None:
         sync_folder(path.parent)
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, *, sync: bool = True) -> None:
     """Remove a file that may be missing.  Raises StoreFailed."""
     with failing(path, "cannot be removed"), suppress(FileNotFoundError):
         _unlink(path)
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def move(old: Path, new: Path) -> None:

@@ -1,0 +1,131 @@
+"""What must hold for a revert to be safe, seen to before the domain is touched."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from ..checkpoint import EngineName
+from ..domain.disk import DiskLayers
+from ..domain.images import internal_snapshots, read_chain
+from ..domain.job import backup_job, block_jobs
+from ..domain.known import known_names
+from ..domain.snapshots import reverts_external
+from ..errors import Busy, InvalidRequest, Unsupported
+from ..snapshot import Kind, Snapshot
+from ..store import Loaded
+from .session import Session
+
+log = logging.getLogger("ckptmgr")
+
+
+def refuse(session: Session, loaded: Loaded, snapshot: Snapshot) -> None:
+    """See that a revert is safe before anything is touched.
+
+    Raises Unsupported, Busy, InvalidRequest, with the reason.
+    """
+    _stack(session, snapshot)
+    _disks(session, snapshot)
+    if session.active:
+        _jobs(session)
+    ours = frozenset(loaded.history.checkpoints)
+    strangers = set(known_names(session.adapter)) - ours if session.tells_libvirt else ()
+    for name in sorted(strangers):
+        raise _foreign(session, f"libvirt has a checkpoint {name!r}")
+    for target, layers in _layers(session).items():
+        for bitmap in (bitmap for layer in layers.layers for bitmap in layer.bitmaps):
+            if bitmap.busy:
+                raise Busy(f"a job in QEMU is using the bitmap {bitmap.name!r} of {target}")
+            if bitmap.name not in {*ours, f"ckptmgr-{target}"}:
+                raise _foreign(session, f"disk {target} has a bitmap {bitmap.name!r}")
+
+
+def _foreign(session: Session, what: str) -> Unsupported:
+    return Unsupported(
+        f"domain {session.adapter.name!r}: {what} that is not ours, and QEMU reverts no image "
+        "that has a bitmap",
+        hint="`ckptmgr adopt` takes over libvirt's checkpoints; "
+        "`ckptmgr repair --foreign` removes bitmaps of nobody's",
+    )
+
+
+def _stack(session: Session, snapshot: Snapshot) -> None:
+    adapter = session.adapter
+    name = adapter.name
+    if not adapter.connection.local:
+        raise Unsupported(
+            f"domain {name!r} runs on another machine: a revert must see its images",
+            hint="run ckptmgr on the hypervisor",
+        )
+    if snapshot.external and not reverts_external(adapter):
+        raise Unsupported(
+            f"snapshot {snapshot.name!r} of domain {name!r} is an external one, and this libvirt "
+            "cannot revert to those (9.9 and later can)"
+        )
+    if not snapshot.definition:
+        raise Unsupported(
+            f"snapshot {snapshot.name!r} of domain {name!r} does not say what the domain was "
+            "like, so libvirt would revert its disks alone"
+        )
+    if not session.active and adapter.has_saved_state():
+        raise InvalidRequest(
+            f"domain {name!r} has a saved state, which would be loaded on other disks than it knew",
+            hint=f"start the domain, or give the state up: virsh managedsave-remove {name}",
+        )
+
+
+def _disks(session: Session, snapshot: Snapshot) -> None:
+    """The images that the domain had then are there, with the snapshot in them."""
+    name = session.adapter.name
+    kinds = dict(snapshot.disks)
+    if kinds and all(kind is Kind.NO for kind in kinds.values()):
+        raise Unsupported(f"snapshot {snapshot.name!r} of domain {name!r} holds no disk")
+    for target, path in snapshot.images:
+        try:
+            Path(path).stat()
+            held = internal_snapshots(path)
+        except OSError as error:
+            raise Unsupported(
+                f"the image {path}, which disk {target} of domain {name!r} had when snapshot "
+                f"{snapshot.name!r} was taken, cannot be read: {error.strerror}",
+                hint="put it back, or delete the snapshot",
+            ) from error
+        if kinds.get(target) is Kind.INTERNAL and snapshot.name not in held:
+            raise Unsupported(
+                f"the image {path} of disk {target} does not hold snapshot {snapshot.name!r} of "
+                f"domain {name!r}: it is another image, or the snapshot was deleted from it"
+            )
+    then = {target for target, _ in snapshot.images}
+    for disk in session.disks:
+        if not disk.empty and disk.target not in then:
+            log.warning(
+                "disk %s was not there when snapshot %s was taken: it is taken from the domain",
+                disk.target,
+                snapshot.name,
+            )
+
+
+def _jobs(session: Session) -> None:
+    name = session.adapter.name
+    targets = [disk.target for disk in session.disks if not disk.empty]
+    busy = block_jobs(session.adapter, targets)
+    if busy:
+        raise Busy(
+            f"a block job works on {', '.join(busy)} of domain {name!r}",
+            hint="wait for it, or end it: virsh blockjob",
+        )
+    if backup_job(session.adapter) is not None:
+        raise Busy(f"a backup job of domain {name!r} is running", hint="wait for it")
+
+
+def _layers(session: Session) -> dict[str, DiskLayers]:
+    """The bitmaps, without the monitor where the engine does without: then those of images."""
+    if not session.active:
+        return session.layers(EngineName.OFFLINE)
+    if session.choice.engine is not EngineName.LIBVIRT:
+        return session.layers(session.choice.engine)
+    return {
+        disk.target: DiskLayers(disk.target, read_chain(disk.top.path, "qcow2"))
+        for disk in session.disks
+        if not disk.empty and disk.top.path is not None and disk.top.format == "qcow2"
+    }

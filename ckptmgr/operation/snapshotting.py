@@ -1,0 +1,152 @@
+"""snapshot create, list and delete: libvirt's snapshots, which carry the marker of their time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+from ..branch import resolve
+from ..domain import snapshots
+from ..domain.power import is_running, state
+from ..errors import InvalidRequest
+from ..plan.steps import Direct, Plan, Step
+from ..snapshot import Snapshot, check_snapshot_name, format_snapshot
+from ..views import ListView, PlaceView, SnapshotView
+from . import creation, noticing
+from .pausing import go_on, stand_still
+from .session import Session
+
+log = logging.getLogger("ckptmgr")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    disk_only -- without the memory of a running domain, in external files
+    checkpoint -- with a checkpoint of the same instant, of the same name if libvirt takes it
+    """
+
+    name: str | None
+    description: str | None
+    disk_only: bool
+    checkpoint: bool
+
+
+def create(session: Session, request: Request) -> SnapshotView:
+    """Take a snapshot.  See Domain.create_snapshot."""
+    document = format_snapshot(request.name, request.description)
+    with session.locked() as loaded:
+        _check_free(session, request.name)
+        # Paused, so that both are of one instant; the snapshot of a running domain resumes.
+        resumes = request.checkpoint and session.active and is_running(session.adapter)
+        try:
+            if resumes:
+                loaded = stand_still(session, loaded)
+            if request.checkpoint:
+                creation.create_under_lock(session, loaded, _with_checkpoint(request))
+            name = snapshots.create(session.adapter, document, disk_only=request.disk_only)
+            if resumes:
+                snapshots.record_as_running(session.adapter, name)
+        finally:
+            loaded = go_on(session, session.loaded())
+        found = snapshots.snapshot(session.adapter, name)
+        return _view(session, found, resolve(loaded.history, loaded.record.moved, found.checkpoint))
+
+
+def plan_create(session: Session, request: Request) -> Plan:
+    """What create() would do; nothing is touched, not even the lock."""
+    session.require_writable()
+    _check_free(session, request.name)
+    pauses = request.checkpoint and session.active and is_running(session.adapter)
+    steps: list[Step] = [Direct("libvirt: pause the domain")] if pauses else []
+    notes: tuple[str, ...] = ()
+    if request.checkpoint:
+        plan = creation.plan_create(session, _with_checkpoint(request))
+        steps += plan.steps
+        notes = plan.notes
+    what = "of the disks" if request.disk_only else "with the memory"
+    if not session.active and not request.disk_only:
+        what = "of the domain, which does not run"
+    steps.append(Direct(f"libvirt: take a snapshot {what}"))
+    if pauses:
+        steps.append(Direct("libvirt: resume the domain"))
+    return Plan(session.choice.engine, tuple(steps), notes=notes)
+
+
+def _check_free(session: Session, name: str | None) -> None:
+    if name is None:
+        return
+    check_snapshot_name(name)
+    if name in {known.name for known in snapshots.snapshots(session.adapter)}:
+        raise InvalidRequest(
+            f"domain {session.adapter.name!r} has a snapshot {name!r} already",
+            hint="choose another name",
+        )
+
+
+def _with_checkpoint(request: Request) -> creation.Request:
+    return creation.Request(None, f"snapshot {request.name or ''}".strip(), (), False)
+
+
+def with_snapshots(session: Session, listed: ListView) -> ListView:
+    """`listed` with the snapshots, and where the domain is now."""
+    return replace(
+        listed,
+        snapshots=listing(session),
+        place=PlaceView(noticing.place(session, session.loaded()), state(session.adapter)),
+    )
+
+
+def listing(session: Session) -> tuple[SnapshotView, ...]:
+    """All snapshots, parents before children.  See Domain.snapshots."""
+    loaded = session.loaded()
+    return tuple(
+        _view(session, found, resolve(loaded.history, loaded.record.moved, found.checkpoint))
+        for found in snapshots.snapshots(session.adapter)
+    )
+
+
+def delete(session: Session, name: str, *, children: bool, metadata: bool) -> tuple[str, ...]:
+    """Delete a snapshot; returns the names of what is gone.  See Domain.delete_snapshot."""
+    with session.locked() as loaded:
+        before = snapshots.snapshots(session.adapter)
+        snapshots.snapshot(session.adapter, name)
+        snapshots.delete(session.adapter, name, children=children, metadata=metadata)
+        left = {found.name for found in snapshots.snapshots(session.adapter)}
+        if not left and not metadata and (loaded.record.tails or loaded.record.moved):
+            # They were kept for reverts to snapshots.
+            session.store.save_record(replace(loaded.record, tails={}, moved={}))
+            session.sweep()
+        return tuple(found.name for found in before if found.name not in left)
+
+
+def plan_delete(session: Session, name: str, *, children: bool, metadata: bool) -> Plan:
+    """What delete() would do; nothing is touched, not even the lock."""
+    session.require_writable()
+    snapshots.snapshot(session.adapter, name)
+    what = "forget" if metadata else "delete"
+    below = " and those taken after it" if children else ""
+    step = Direct(f"libvirt: {what} snapshot {name}{below}")
+    return Plan(session.choice.engine, (step,))
+
+
+def _view(session: Session, snapshot: Snapshot, resolved: tuple[str | None, bool]) -> SnapshotView:
+    checkpoint, known = resolved
+    if not known:
+        log.info(
+            "snapshot %s names checkpoint %s, of which nothing is known",
+            snapshot.name,
+            snapshot.checkpoint,
+        )
+    return SnapshotView(
+        name=snapshot.name,
+        domain=session.view,
+        parent=snapshot.parent,
+        checkpoint=checkpoint,
+        created=snapshot.created,
+        current=snapshot.current,
+        state=snapshot.state,
+        memory=snapshot.memory.value,
+        disks=tuple((target, kind.value) for target, kind in snapshot.disks),
+    )

@@ -423,6 +423,8 @@ def test_a_transient_domain_has_its_marker_live(make_vm: MakeMachine) -> None:
 def test_qemu_binds_a_socket_in_the_runtime_directory(
     stand: Stand, make_vm_on: MakeMachine
 ) -> None:
+    if stand.kind not in ("embedded", "daemon"):
+        pytest.skip("on the stacks this folder is set, not found")
     vm = make_vm_on(stand)
     adapter = adapt(vm)
     path = adapter.runtime_directory() / "t.sock"

@@ -201,7 +201,7 @@ class Shell:
 
     def __init__(self, boot: Boot, *, boot_seconds: float = 60) -> None:
         """Wait until the guest takes commands."""
-        self._boot = boot
+        self.boot = boot
         self.churned: list[int] = []
         self._answers: dict[int, str] = {}
         self._changed = threading.Condition()
@@ -228,7 +228,7 @@ class Shell:
             with self._changed:
                 if self._changed.wait_for(lambda: 0 in self._answers, timeout=0.25):
                     return
-        raise TimeoutError(f"the guest has not booted in {seconds} s: {self._boot.console()}")
+        raise TimeoutError(f"the guest has not booted in {seconds} s: {self.boot.console()}")
 
     def _listen(self) -> None:
         try:
@@ -259,7 +259,7 @@ class Shell:
                 raise TimeoutError(f"the guest does not answer: {text}")
             answer = self._answers.pop(number)
         if answer != "ok":
-            raise RuntimeError(f"the guest failed: {text}: {self._boot.console()}")
+            raise RuntimeError(f"the guest failed: {text}: {self.boot.console()}")
 
     def write(self, target: str, offset: int, length: int, pattern: int = 0xA5) -> None:
         """Let the guest write and fsync `length` bytes of `pattern` (not 0) at `offset`."""

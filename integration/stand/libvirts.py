@@ -30,16 +30,29 @@ from ckptmgr.errors import ConnectionFailed
 
 from .workspace import Workspace
 
-# Confinement that a container or chroot has no means for, and a log daemon that nobody started.
-QEMU_CONF = """\
+# Without confinement that a container or chroot has no means for, and a log daemon that nobody
+# started.
+_UNPRIVILEGED_CONF = """\
 namespaces = []
 cgroup_controllers = []
 security_driver = "none"
 stdio_handler = "file"
-user = "root"
+"""
+
+QEMU_CONF = f"""\
+{_UNPRIVILEGED_CONF}user = "root"
 group = "root"
 remember_owner = 0
 """
+
+
+def qemu_conf() -> str:
+    """libvirt's ``qemu.conf`` for the user that we are.
+
+    A driver that is not privileged refuses to start with another user in it.
+    """
+    return QEMU_CONF if os.geteuid() == 0 else _UNPRIVILEGED_CONF
+
 
 LIBVIRTD_CONF = """\
 listen_tls = 0
@@ -149,7 +162,7 @@ class Embedded(_Base):
         self.workspace = workspace
         self.root = workspace.folder("r")
         (self.root / "etc").mkdir()
-        (self.root / "etc/qemu.conf").write_text(QEMU_CONF)
+        (self.root / "etc/qemu.conf").write_text(qemu_conf())
         self.uri = f"qemu:///embed?root={self.root}"
         self._pid_files = self.root / "run/qemu"
         self.connection = connect(self.uri)
@@ -222,7 +235,7 @@ class Daemon(_Base):
         self._configuration = self._folder / "etc"
         self._socket = self._folder / "run/libvirt-sock"
         self._pid_files = self._folder / "run/qemu"
-        (self._configuration / "qemu.conf").write_text(QEMU_CONF)
+        (self._configuration / "qemu.conf").write_text(qemu_conf())
         self.uri = "qemu:///system"
 
     def _as_session(self) -> None:
@@ -234,10 +247,17 @@ class Daemon(_Base):
         self._configuration.mkdir()
         self._socket = self._folder / "runtime/libvirt/libvirt-sock"
         self._pid_files = self._folder / "runtime/libvirt/qemu/run"
-        (self._configuration / "qemu.conf").write_text('stdio_handler = "file"\n')
+        (self._configuration / "qemu.conf").write_text(qemu_conf())
         # libvirt's client finds the session's socket through this process's environment
         os.environ.update(self._environment)
         self.uri = "qemu:///session"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the libvirtd.  Raises StandError if it was stopped."""
+        if self._process is None:
+            raise StandError("libvirtd is not running")
+        return self._process.pid
 
     def start(self) -> None:
         """Start the libvirtd (again) and connect to it."""

@@ -183,6 +183,10 @@ class Machine:
     def kill(self) -> None:
         """``kill -9`` of QEMU, as a crash of the host would; returns when libvirt knows."""
         os.kill(self.pid, signal.SIGKILL)
+        self.gone()
+
+    def gone(self) -> None:
+        """Wait until libvirt knows that the machine's QEMU was killed."""
         deadline = time.monotonic() + 10
         while self.domain.isActive():
             if time.monotonic() > deadline:
@@ -231,7 +235,8 @@ class Machine:
         assert source is not None
         return f"libvirt-{source.get('index')}-format"
 
-    def _device(self, target: str) -> str:
+    def device(self, target: str) -> str:
+        """Path of the disk's device in QEMU's object tree, as ``qemu-io -d`` takes it."""
         alias_element = self._live_disk(target).find("alias")
         assert alias_element is not None
         alias = f"/machine/peripheral/{alias_element.get('name')}"
@@ -243,7 +248,7 @@ class Machine:
 
     def _flush(self, target: str) -> None:
         if self.active:
-            self.hmp(f'qemu-io -d {self._device(target)} "flush"')
+            self.hmp(f'qemu-io -d {self.device(target)} "flush"')
 
     def _qemu_io(self, target: str, command: str, *options: str) -> str:
         done = subprocess.run(
@@ -261,7 +266,7 @@ class Machine:
         """
         command = f"write -P {pattern:#04x} {offset} {length}"
         if self.active:
-            printed = self.hmp(f'qemu-io -d {self._device(target)} "{command}"')
+            printed = self.hmp(f'qemu-io -d {self.device(target)} "{command}"')
         else:
             printed = self._qemu_io(target, command)
         if not self.holds(target, offset, length, pattern):

@@ -42,7 +42,8 @@ def _noticed(number: int, frame: FrameType | None) -> None:
 def _reap(reader: int) -> None:
     me, session = os.getpid(), os.getsid(0)
     while os.read(reader, 4096):
-        for stat in Path("/proc").glob("[0-9]*/stat"):
+        for entry in Path("/proc").iterdir():  # glob() fails for a process that ends meanwhile
+            stat = entry / "stat"
             with contextlib.suppress(OSError, ValueError):
                 head, _, tail = stat.read_text().rpartition(")")
                 pid, _, name = head.partition(" (")

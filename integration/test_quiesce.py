@@ -1,0 +1,160 @@
+"""--quiesce: frozen for the instant of the checkpoint, and thawed on every way out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ckptmgr
+from ckptmgr.engine.libvirt import LibvirtEngine
+from ckptmgr.engine.monitor import MonitorEngine
+from integration.conftest import MakeMachine
+from integration.evidence import domain_of, unchanged, wipe
+from integration.fake_agent import FakeAgent, Guest, Refused
+from integration.stand import MIB, DiskSpec, Embedded, Machine
+
+DISKS = (DiskSpec("vda", size=MIB),)
+TIMEOUT = 1.0
+MOMENTS = {"libvirt": (LibvirtEngine, "BackupBegin"), "monitor": (MonitorEngine, "Transaction")}
+
+
+@dataclass
+class Scene:
+    """A running machine with an agent, and a checkpoint c0."""
+
+    machine: Machine
+    agent: FakeAgent
+    store: Path
+
+    def domain(self, engine: str = "libvirt") -> ckptmgr.Domain:
+        return domain_of(self.machine, self.store, engine, freeze_timeout=TIMEOUT)
+
+    def fails(self, words: str, engine: str = "libvirt") -> ckptmgr.GuestAgentFailed:
+        """A create fails because of the agent, in time, and changes nothing."""
+        started = time.monotonic()
+        with (
+            unchanged(self.machine, self.store),
+            pytest.raises(ckptmgr.GuestAgentFailed, match=words) as caught,
+        ):
+            self.domain(engine).create("c1", quiesce=True)
+        assert time.monotonic() - started < 6 * TIMEOUT + 2
+        return caught.value
+
+
+@pytest.fixture
+def scene(embedded: Embedded, make_vm: MakeMachine, tmp_path: Path) -> Iterator[Scene]:
+    folder = embedded.workspace.folder("q")  # a socket's path has to be short
+    guest = Guest(folder / "t")
+    with FakeAgent(folder / "a") as agent:
+        machine = make_vm(DISKS, devices=agent.devices, commandline=guest.commandline)
+        guest.open_port(machine)
+        scene = Scene(machine, agent, tmp_path)
+        scene.domain().create("c0")
+        yield scene
+        wipe(machine)
+
+
+@pytest.mark.parametrize("engine", MOMENTS)
+def test_frozen_for_the_instant_and_for_nothing_else(
+    engine: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, instant = MOMENTS[engine]
+    original: Any = owner.perform  # type: ignore[attr-defined]
+    seen: list[tuple[str, bool]] = []
+
+    def perform(self: Any, step: Any, outcome: Any) -> None:
+        if type(step).__name__ != "Quiesced":
+            seen.append((type(step).__name__, scene.agent.frozen))
+        original(self, step, outcome)
+
+    monkeypatch.setattr(owner, "perform", perform)
+    view = scene.domain(engine).create("c1", quiesce=True)
+    assert view.current
+    assert scene.agent.commands == ["freeze", "thaw"]
+    assert not scene.agent.frozen
+    assert [name for name, frozen in seen if frozen] == [instant]
+    assert ("ReadMaps", False) in seen
+    seen.clear()
+    scene.domain(engine).create("c2")
+    assert scene.agent.commands == ["freeze", "thaw"]
+
+
+@pytest.mark.parametrize("engine", MOMENTS)
+def test_an_agent_that_refuses(engine: str, scene: Scene) -> None:
+    def refuse() -> None:
+        raise Refused("fsfreeze is disabled here")
+
+    scene.agent.on["freeze"] = refuse
+    scene.fails("fsfreeze is disabled here", engine)
+    assert scene.agent.commands == ["freeze", "thaw"]  # some may have been frozen
+
+
+def test_an_agent_that_is_slow_is_not_waited_for_and_is_thawed(scene: Scene) -> None:
+    scene.agent.on["freeze"] = lambda: time.sleep(1.5 * TIMEOUT)
+    scene.fails("not frozen")
+    deadline = time.monotonic() + 5
+    while scene.agent.frozen and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not scene.agent.frozen
+    assert scene.agent.commands[-1] == "thaw"
+
+
+def test_an_agent_that_dies_after_it_has_frozen(scene: Scene) -> None:
+    """Nobody can thaw any more: no checkpoint, and the user is told."""
+    original = scene.domain().adapter  # looked up before
+    assert original.active()
+    scene.agent.on["thaw"] = scene.agent.die
+    error = scene.fails("may still be frozen")
+    assert "domfsthaw" in str(error.hint)
+
+
+def test_a_thaw_that_fails_is_tried_again(scene: Scene) -> None:
+    refusals = [Refused("busy"), Refused("busy")]
+
+    def refuse() -> None:
+        if refusals:
+            raise refusals.pop()
+
+    scene.agent.on["thaw"] = refuse
+    assert scene.domain().create("c1", quiesce=True).name == "c1"
+    assert scene.agent.commands == ["freeze", "thaw", "thaw", "thaw"]
+    assert not scene.agent.frozen
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ckptmgr.OperationFailed])
+def test_thawed_when_the_instant_fails(
+    kind: type[BaseException], scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original: Any = LibvirtEngine._begin
+
+    def begin(self: Any, step: Any) -> None:
+        original(self, step)
+        assert scene.agent.frozen
+        raise kind("in the middle")
+
+    monkeypatch.setattr(LibvirtEngine, "_begin", begin)
+    with unchanged(scene.machine, scene.store), pytest.raises(kind, match="in the middle"):
+        scene.domain().create("c1", quiesce=True)
+    assert scene.agent.commands == ["freeze", "thaw"]
+
+
+def test_thawed_at_the_deadline_while_the_instant_still_takes(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original: Any = LibvirtEngine._begin
+    thawed: list[bool] = []
+
+    def begin(self: Any, step: Any) -> None:
+        time.sleep(1.5 * TIMEOUT)
+        thawed.append(not scene.agent.frozen)
+        original(self, step)
+
+    monkeypatch.setattr(LibvirtEngine, "_begin", begin)
+    scene.fails("not quiescent")
+    assert thawed == [True]
+    assert scene.agent.commands == ["freeze", "thaw"]

@@ -63,7 +63,9 @@ def standstill(adapter: DomainAdapter) -> Standstill:
     """The domain's state and what led to it."""
     with translate("asking for the state", adapter.name):
         state, reason = adapter.handle.state(0)
-        return Standstill(adapter.handle.ID(), state, reason)
+        # A handle keeps the number that it was made with, through a revert to another QEMU.
+        fresh = adapter.connection.handle.lookupByUUIDString(adapter.uuid)
+        return Standstill(fresh.ID(), state, reason)
 
 
 def pause(adapter: DomainAdapter) -> None:

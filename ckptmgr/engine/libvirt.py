@@ -149,8 +149,13 @@ class LibvirtEngine:
         told = False
         while (job := self._backup_job()) is _BEGINNING or (job and serves(job, step.socket)):
             if job is not _BEGINNING and not told:
-                with translate("ending the backup job", self.adapter.name):
-                    self.adapter.handle.abortJob()
+                try:
+                    with translate("ending the backup job", self.adapter.name):
+                        self.adapter.handle.abortJob()
+                except OperationFailed:
+                    if self._backup_job() == job:
+                        raise
+                    continue  # it has ended: whoever was killed had told it to
                 told = True
             waited = time.monotonic() - start
             if waited > (JOB_END_TIMEOUT if told else JOB_BEGIN_TIMEOUT):

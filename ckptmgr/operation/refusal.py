@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint import EngineName
 from ..domain.disk import DiskLayers
-from ..domain.images import internal_snapshots, read_chain
+from ..domain.images import internal_snapshots, read_chain, read_header
 from ..domain.job import backup_job, block_jobs
 from ..domain.known import known_names
 from ..domain.snapshots import reverts_external
@@ -26,6 +26,7 @@ def refuse(session: Session, loaded: Loaded, snapshot: Snapshot) -> None:
     """
     _stack(session, snapshot)
     _disks(session, snapshot)
+    _elsewhere(session, snapshot)
     if session.active:
         _jobs(session)
     ours = frozenset(loaded.history.checkpoints)
@@ -119,13 +120,24 @@ def _jobs(session: Session) -> None:
 
 
 def _layers(session: Session) -> dict[str, DiskLayers]:
-    """The bitmaps, without the monitor where the engine does without: then those of images."""
-    if not session.active:
-        return session.layers(EngineName.OFFLINE)
-    if session.choice.engine is not EngineName.LIBVIRT:
-        return session.layers(session.choice.engine)
-    return {
-        disk.target: DiskLayers(disk.target, read_chain(disk.top.path, "qcow2"))
-        for disk in session.disks
-        if not disk.empty and disk.top.path is not None and disk.top.format == "qcow2"
-    }
+    """The bitmaps as they are now: of a running domain through the monitor, whatever the engine.
+
+    A bitmap that only QEMU knows would cost the domain its life; a taint costs less.
+    """
+    return session.layers(EngineName.MONITOR if session.active else EngineName.OFFLINE)
+
+
+def _elsewhere(session: Session, snapshot: Snapshot) -> None:
+    """Images that come back with the revert, and are no disks now, have no bitmaps."""
+    now = {image.path for disk in session.disks for image in disk.chain}
+    for target, path in snapshot.images:
+        if path in now or read_header(path) is None:
+            continue
+        for layer in read_chain(path, "qcow2"):
+            for bitmap in layer.bitmaps:
+                raise Unsupported(
+                    f"the image {layer.image}, which comes back as disk {target} of domain "
+                    f"{session.adapter.name!r}, has a bitmap {bitmap.name!r}, and QEMU reverts "
+                    "no image that has a bitmap",
+                    hint=f"remove it: qemu-img bitmap --remove {path} {bitmap.name}",
+                )

@@ -88,6 +88,7 @@ class Checkpoint:
     created -- seconds since the epoch, as libvirt's creationTime
     parent -- name of the checkpoint it was made after; None for a root
     domain_xml -- the domain's inactive definition at that time
+    point -- identity of the restore point whose state this one is: 32 hexadecimal digits
     """
 
     name: str
@@ -97,6 +98,7 @@ class Checkpoint:
     disks: tuple[CheckpointDisk, ...]
     description: str | None = None
     domain_xml: str | None = None
+    point: str | None = None
 
     def disk(self, name: str) -> CheckpointDisk | None:
         """The disk with target `name`, or None."""

@@ -21,7 +21,8 @@
       </ckptmgr:checkpoint>
     </domaincheckpoint>
 
-An interval without ``map`` is unknown, ``reason`` says why.  Element and attribute order are
+An interval without ``map`` is unknown, ``reason`` says why.  A checkpoint whose state is that of
+a restore point has its identity as ``<ckptmgr:checkpoint … point='…'>``.  Element and attribute order are
 libvirt's (virDomainCheckpointDefFormatInternal), and so is the rule of what is there: in
 libvirt's part a disk whose bitmap the image does not hold (a bitmap that is not persistent, an
 archived one) stands as ``no``.  ``<domain>`` is kept as it was given, character by character.
@@ -45,6 +46,7 @@ _NUMBER_MAX = 2**63 - 1
 _TIME_MAX = 253402300799  # the end of the year 9999, the last that RFC 3339 can write
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _MAP_DIGEST = re.compile(r"[0-9a-f]{64}")
+_POINT = re.compile(r"[0-9a-f]{32}")
 _NOT_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 """What is not a Char of XML 1.0, section 2.2."""
 
@@ -92,7 +94,7 @@ def format_store(checkpoint: Checkpoint) -> str:
     return _format(
         checkpoint,
         f"  <ckptmgr:checkpoint xmlns:ckptmgr='{xml.NAMESPACE}'"
-        f"{_attributes(engine=checkpoint.engine.value)}>\n{disks}  </ckptmgr:checkpoint>\n",
+        f"{_attributes(engine=checkpoint.engine.value, point=checkpoint.point)}>\n{disks}  </ckptmgr:checkpoint>\n",
     )
 
 
@@ -235,12 +237,15 @@ def _stored(text: str | bytes, what: str, domain_xml: str | None) -> Checkpoint:
     ours = fields.get(f"{_OURS}checkpoint")
     if ours is None:
         raise InvalidDocument(f"{what} has no <ckptmgr:checkpoint>")
-    engine = _known(ours, _take(ours, ("engine",)), "engine", _ENGINES)
+    values = _take(ours, ("engine", "point"))
+    engine = _known(ours, values, "engine", _ENGINES)
     disks = tuple(_parse_disk(element) for element in ours)
     domain = fields.get("domain")
     if domain is not None:
         domain_xml = _domain_text(text, root, domain)
-    checkpoint = _checkpoint(fields, EngineName(engine), disks, domain_xml, what)
+    checkpoint = _checkpoint(
+        fields, EngineName(engine), disks, domain_xml, what, values.get("point")
+    )
     shown = [(disk.name, _libvirt_bitmap(disk)) for disk in disks]
     if _parse_libvirt_disks(fields.get("disks"), checkpoint.name) != shown:
         raise InvalidDocument(f"{what}: <disks> and <ckptmgr:checkpoint> contradict each other")
@@ -316,6 +321,7 @@ def _checkpoint(
     disks: tuple[CheckpointDisk, ...],
     domain_xml: str | None,
     what: str,
+    point: str | None = None,
 ) -> Checkpoint:
     """The parts that both kinds of document share, and the checks of the whole."""
     if "creationTime" not in fields:
@@ -332,6 +338,7 @@ def _checkpoint(
         disks=disks,
         description=None if description is None else _content(description) or None,
         domain_xml=domain_xml,
+        point=point,
     )
     if (fault := _fault(checkpoint)) is not None:
         raise InvalidDocument(f"{what}: {fault}")
@@ -408,6 +415,8 @@ def _fault(checkpoint: Checkpoint) -> str | None:
         return "it is its own parent"
     if not 0 <= checkpoint.created <= _TIME_MAX:
         return f"{checkpoint.created} is not a creation time"
+    if checkpoint.point is not None and not _POINT.fullmatch(checkpoint.point):
+        return f"{checkpoint.point!r} is not the identity of a restore point"
     names = [disk.name for disk in checkpoint.disks]
     if len(set(names)) != len(names):
         return "a disk occurs twice"

@@ -94,6 +94,7 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
         disks=tuple(draw(checkpoint_disks(disk, name)) for disk in disks),
         description=draw(st.none() | texts),
         domain_xml=draw(st.none() | domain_definitions()),
+        point=draw(st.none() | st.text("0123456789abcdef", min_size=32, max_size=32)),
     )
 
 

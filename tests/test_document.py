@@ -162,6 +162,26 @@ def test_a_document_with_a_domain_validates_against_libvirts_schema() -> None:
     assert not relaxng.validate(xml.parse(format_store(CHECKPOINT)))
 
 
+def test_the_restore_point_that_a_checkpoint_is_stands_in_our_element_alone() -> None:
+    checkpoint = replace(CHECKPOINT, point="0123456789abcdef" * 2)
+    assert format_libvirt(checkpoint) == LIBVIRT
+    document = format_store(checkpoint)
+    assert document == STORE.replace(
+        "engine='libvirt'>", "engine='libvirt' point='0123456789abcdef0123456789abcdef'>"
+    )
+    assert parse_store(document) == parse_sealed(document) == checkpoint
+    assert parse_libvirt(document).point is None
+
+
+@pytest.mark.parametrize("point", ["", "0" * 31, "0" * 33, "ABCDEF" + "0" * 26, "../" + "0" * 29])
+def test_what_cannot_be_the_identity_of_a_restore_point_is_refused(point: str) -> None:
+    with pytest.raises(InvalidRequest, match="restore point"):
+        format_store(replace(CHECKPOINT, point=point))
+    document = format_store(replace(CHECKPOINT, point="0" * 32)).replace("0" * 32, point)
+    with pytest.raises(InvalidDocument, match="restore point"):
+        parse_store(document)
+
+
 def test_bitmaps_that_the_image_does_not_hold_are_not_shown_to_libvirt() -> None:
     for disk in (
         CheckpointDisk("vda", bitmap="c1", persistent=False, state=State.RECORDING),

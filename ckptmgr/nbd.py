@@ -66,7 +66,7 @@ def read_dirty_map(
             size = handle.get_size()
             extents = list(_dirty_extents(handle, export, size, answer_timeout))
         finally:
-            _disconnect(handle)
+            disconnect(handle)
     except nbd.Error as error:
         raise OperationFailed(
             f"reading the dirty bitmap of disk {export.disk} over NBD failed: {error.string}",
@@ -115,6 +115,46 @@ def _hint(server: Server) -> str | None:
     return f"is {server}, of nbd_address in ckptmgr.toml, reached from here? A firewall{tls}"
 
 
+def connect(
+    server: Server,
+    name: str,
+    disk: str,
+    context: str,
+    *,
+    check: Callable[[], None] = lambda: None,
+    timeout: float = APPEAR_TIMEOUT,
+) -> nbd.NBD:
+    """A handle on export `name`, of `disk`, with a metadata context, if the server has that.
+
+    check -- called between tries; raises if the server can no longer appear
+
+    libvirt's exports appear after its server is up, and qemu-nbd's socket after its start; so a
+    missing socket or export is tried again for a while.  Raises nbd.Error, OperationFailed.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        handle = nbd.NBD()
+        handle.set_export_name(name)
+        handle.add_meta_context(context)
+        try:
+            _begin(handle, server)
+            while not handle.aio_is_ready():
+                poll(handle, deadline, disk)
+        except nbd.Error as error:
+            if error.errnum in (EACCES, EPERM):
+                raise OperationFailed(
+                    f"the socket {server}, to read disk {disk} from, cannot be opened: "
+                    f"{error.string}",
+                    hint="run as root or as the user that QEMU runs as",
+                ) from error
+            if error.errnum not in _NOT_YET or time.monotonic() > deadline:
+                raise
+            check()
+            time.sleep(_PAUSE)
+            continue
+        return handle
+
+
 def _begin(handle: nbd.NBD, server: Server) -> None:
     if isinstance(server, str):
         handle.aio_connect_unix(server)
@@ -128,52 +168,30 @@ def _begin(handle: nbd.NBD, server: Server) -> None:
 
 
 def _connect(server: Server, export: Export, check: Callable[[], None], timeout: float) -> nbd.NBD:
-    """A handle on which the bitmap's context is negotiated.
-
-    libvirt's exports appear after its server is up, and qemu-nbd's socket after its start; so a
-    missing socket or export is tried again for a while.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        handle = nbd.NBD()
-        handle.set_export_name(export.name)
-        handle.add_meta_context(export.context)
-        try:
-            _begin(handle, server)
-            while not handle.aio_is_ready():
-                _poll(handle, deadline, export)
-        except nbd.Error as error:
-            if error.errnum in (EACCES, EPERM):
-                raise OperationFailed(
-                    f"the socket {server}, to read the dirty bitmap of disk {export.disk} from, "
-                    f"cannot be opened: {error.string}",
-                    hint="run as root or as the user that QEMU runs as",
-                ) from error
-            if error.errnum not in _NOT_YET or time.monotonic() > deadline:
-                raise
-            check()
-            time.sleep(_PAUSE)
-            continue
-        if not handle.can_meta_context(export.context):
-            _disconnect(handle)
-            raise BitmapBroken(
-                f"the bitmap {export.bitmap!r} of disk {export.disk} is not offered over NBD",
-                disk=export.disk,
-            )
-        return handle
+    """A handle on which the bitmap's context is negotiated."""
+    handle = connect(server, export.name, export.disk, export.context, check=check, timeout=timeout)
+    if not handle.can_meta_context(export.context):
+        disconnect(handle)
+        raise BitmapBroken(
+            f"the bitmap {export.bitmap!r} of disk {export.disk} is not offered over NBD",
+            disk=export.disk,
+        )
+    return handle
 
 
-def _disconnect(handle: nbd.NBD) -> None:
+def disconnect(handle: nbd.NBD) -> None:
+    """Say good-bye to a server."""
     # The server may have gone; what was asked of it has been answered, or has failed by itself.
     with contextlib.suppress(nbd.Error):
         handle.shutdown()
 
 
-def _poll(handle: nbd.NBD, deadline: float, export: Export) -> None:
+def poll(handle: nbd.NBD, deadline: float, disk: str) -> None:
+    """Let the connection go on.  Raises OperationFailed after `deadline`."""
     left = deadline - time.monotonic()
     if left <= 0 or handle.poll(max(1, int(left * 1000))) == 0:
         raise OperationFailed(
-            f"the NBD server for disk {export.disk} did not answer in time",
+            f"the NBD server for disk {disk} did not answer in time",
             hint="is the domain's QEMU stopped or its host overloaded?",
         )
 
@@ -181,45 +199,54 @@ def _poll(handle: nbd.NBD, deadline: float, export: Export) -> None:
 def _dirty_extents(
     handle: nbd.NBD, export: Export, size: int, timeout: float
 ) -> Iterator[tuple[int, int]]:
-    return join(_runs(handle, export, size, timeout))
+    runs = status(handle, export.context, export.disk, 0, size, timeout=timeout)
+    return join((start, length, bool(flags & DIRTY)) for start, length, flags in runs)
 
 
-def _runs(
-    handle: nbd.NBD, export: Export, size: int, timeout: float
-) -> Iterator[tuple[int, int, bool]]:
-    """``(start, length, dirty)`` from 0 to `size`, without gaps."""
-    position = 0
-    while position < size:
+def status(
+    handle: nbd.NBD,
+    context: str,
+    disk: str,
+    position: int,
+    end: int,
+    *,
+    timeout: float = ANSWER_TIMEOUT,
+) -> Iterator[tuple[int, int, int]]:
+    """``(start, length, flags)`` of a metadata context from `position` to `end`, without gaps.
+
+    Raises nbd.Error, OperationFailed.
+    """
+    while position < end:
         received: list[tuple[int, list[int]]] = []
 
         def extent(
-            context: str,
+            told: str,
             offset: int,
             entries: list[int],
             _error: object,
             received: list[tuple[int, list[int]]] = received,
         ) -> int:
-            if context == export.context:
+            if told == context:
                 received.append((offset, list(entries)))
             return 0
 
         deadline = time.monotonic() + timeout
-        cookie = handle.aio_block_status(min(size - position, REQUEST_MAX), position, extent)
+        cookie = handle.aio_block_status(min(end - position, REQUEST_MAX), position, extent)
         while not handle.aio_command_completed(cookie):
-            _poll(handle, deadline, export)
+            poll(handle, deadline, disk)
         asked = position
         for offset, entries in received:
             if offset != position:
-                raise _nonsense(export, f"it speaks of {offset} in place of {position}")
+                raise _nonsense(context, disk, f"it speaks of {offset} in place of {position}")
             for length, flags in zip(entries[::2], entries[1::2], strict=True):
-                length = min(length, size - position)
-                yield position, length, bool(flags & DIRTY)
+                length = min(length, end - position)
+                yield position, length, flags
                 position += length
         if position == asked:
-            raise _nonsense(export, f"it says nothing from {position} on")
+            raise _nonsense(context, disk, f"it says nothing from {position} on")
 
 
-def _nonsense(export: Export, what: str) -> OperationFailed:
+def _nonsense(context: str, disk: str, what: str) -> OperationFailed:
     return OperationFailed(
-        f"the NBD server's answer about the dirty bitmap of disk {export.disk} is wrong: {what}"
+        f"the NBD server's answer about {context} of disk {disk} is wrong: {what}"
     )

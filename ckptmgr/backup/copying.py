@@ -1,0 +1,442 @@
+"""Reading the blocks of a disk from an NBD export, as fast as the server gives them.
+
+    main thread       asks the server, which has several requests to work on at any time
+    workers           what can be done to each request by itself: digests, compression
+    one more thread   what has to be done in the order of the disk: writing
+
+libnbd 1.14 keeps a reference to each buffer for every request that used it, so the buffers are
+a fixed pool, used again and again by all connections of the process; that bounds the memory, too.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import nbd
+
+from .. import nbd as nbd_client
+from ..errors import OperationFailed
+from ..plan.steps import Server
+from .block import BLOCK, ZERO, block_count, digest
+
+T = TypeVar("T")
+
+REQUEST = 16
+"""Blocks of a request at most: 1 MiB, with which a connection is fastest."""
+
+BUFFERS = 24
+"""Requests that are on their way from the server to the disk at any time."""
+
+UNDER_WAY = 8
+"""Requests of these that the server has."""
+
+WORKERS = 2
+
+ALLOCATION = "base:allocation"
+_READS_ZERO = 2  # NBD_STATE_ZERO
+_STATUS_SPAN = 16384
+"""Blocks that the server is asked about at once, to know which are zero: 1 GiB."""
+
+_POLL = 0.2
+"""Seconds after which a waiting thread looks whether it is to go on, for ^C."""
+
+Runs = Iterable[tuple[int, int]]
+"""Runs of blocks, ``(first, count)``, ascending."""
+
+
+class Buffer:
+    """Room for one request."""
+
+    def __init__(self) -> None:
+        self.room = bytearray(REQUEST * BLOCK)
+        self._sized: dict[int, nbd.Buffer] = {}
+
+    def sized(self, length: int) -> nbd.Buffer:
+        """libnbd's object for the first `length` bytes, always the same one."""
+        found = self._sized.get(length)
+        if found is None:
+            view = memoryview(self.room)[:length]
+            found = self._sized[length] = nbd.Buffer.from_buffer(view)
+        return found
+
+
+_free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
+_made = 0
+_making = threading.Lock()
+
+
+def _buffers(count: int) -> None:
+    """See that the process has `count` buffers."""
+    global _made
+    with _making:
+        while _made < count:
+            _free.put(Buffer())
+            _made += 1
+
+
+@dataclass
+class Chunk:
+    """Consecutive blocks as they were read.
+
+    first -- number of the first
+    data -- their bytes; to be used before `take` returns
+    """
+
+    first: int
+    data: memoryview
+    buffer: Buffer = field(repr=False)
+    _sized: nbd.Buffer = field(repr=False)
+
+    def blocks(self) -> Iterator[tuple[int, memoryview]]:
+        """Each block's number and bytes."""
+        for number, start in enumerate(range(0, len(self.data), BLOCK), self.first):
+            yield number, self.data[start : start + BLOCK]
+
+    def digests(self) -> list[bytes]:
+        """Each block's digest, ZERO for one that is all zeroes."""
+        found = []
+        for start in range(0, len(self.data), BLOCK):
+            length = min(BLOCK, len(self.data) - start)
+            if self._sized.is_zero(start, length):
+                found.append(ZERO)
+            else:
+                found.append(digest(self.data[start : start + length]))
+        return found
+
+
+@dataclass(frozen=True)
+class _Request:
+    cookie: int
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class _Zero:
+    first: int
+    count: int
+    size: int
+
+    @property
+    def length(self) -> int:
+        return min((self.first + self.count) * BLOCK, self.size) - self.first * BLOCK
+
+
+_Flying = deque[_Request | _Zero]
+
+
+@contextmanager
+def _flying() -> Iterator[_Flying]:
+    """What is asked of the server, in order, with what lies between."""
+    global _made
+    flying: _Flying = deque()
+    try:
+        yield flying
+    finally:
+        # The server's answer may still come into these.
+        with _making:
+            _made -= sum(isinstance(each, _Request) for each in flying)
+
+
+class Reader(Protocol, Generic[T]):
+    """What becomes of the blocks."""
+
+    def prepare(self, chunk: Chunk) -> T:
+        """What needs no order; called by several threads."""
+        ...
+
+    def take(self, chunk: Chunk, prepared: T) -> None:
+        """The rest, in the order of the blocks."""
+        ...
+
+    def zero(self, first: int, count: int) -> None:
+        """Blocks of which the server says that they read as zeroes; in the same order."""
+        ...
+
+
+class Rate:
+    """A limit of bytes per second, of all disks together; None: none."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._due = 0.0
+
+    def wait(self, length: int) -> float:
+        """Seconds to wait before `length` bytes may be asked for."""
+        if self._limit is None:
+            return 0.0
+        now = time.monotonic()
+        wait = max(0.0, self._due - now)
+        self._due = max(self._due, now) + length / self._limit
+        return wait
+
+
+class Source:
+    """A connection to the NBD export of a disk.
+
+    Raises OperationFailed where the server cannot be reached.
+    """
+
+    def __init__(
+        self, server: Server, name: str, disk: str, *, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.disk = disk
+        self._check = check
+        with self._failing():
+            self._handle = nbd_client.connect(server, name, disk, ALLOCATION, check=check)
+            self._told = self._handle.can_meta_context(ALLOCATION)
+            self.size: int = self._handle.get_size()
+
+    def close(self) -> None:
+        """Say good-bye to the server."""
+        nbd_client.disconnect(self._handle)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except nbd.Error as error:
+            self._check()
+            raise OperationFailed(
+                f"reading disk {self.disk} over NBD failed: {error.string}",
+                hint="did the domain end, or its host run out of memory or disk?",
+            ) from error
+
+    # --- what is to be read ------------------------------------------------------------------
+
+    def _pieces(self, runs: Runs) -> Iterator[tuple[bool, int, int]]:
+        """``(zero, first, count)``: what the server says is zero, and requests for the rest."""
+        total = block_count(self.size)
+        for part in _spans(runs):
+            first, past = part[0][0], min(sum(part[-1]), total)
+            if first >= past:
+                return
+            zeroes = self._zeroes(first, past)
+            low, high = next(zeroes, (past, past))
+            for begin, count in part:
+                end = min(begin + count, total)
+                while begin < end:
+                    while high <= begin:
+                        low, high = next(zeroes, (past, past + 1))
+                    if low <= begin:
+                        stop = min(end, high)
+                        yield True, begin, stop - begin
+                    else:
+                        stop = min(end, low, begin + REQUEST)
+                        yield False, begin, stop - begin
+                    begin = stop
+
+    def _zeroes(self, first: int, past: int) -> Iterator[tuple[int, int]]:
+        """Runs ``[low, high)`` of whole blocks that read as zeroes."""
+        if not self._told:
+            return
+        end = min(past * BLOCK, self.size)
+        runs = nbd_client.status(self._handle, ALLOCATION, self.disk, first * BLOCK, end)
+        zero = ((start, length, bool(flags & _READS_ZERO)) for start, length, flags in runs)
+        for start, length in nbd_client.join(zero):
+            low = -(-start // BLOCK)
+            reach = start + length
+            high = block_count(reach) if reach == self.size else reach // BLOCK
+            if low < high:
+                yield low, high
+
+    # --- reading -----------------------------------------------------------------------------
+
+    def read(
+        self,
+        runs: Runs,
+        reader: Reader[T],
+        *,
+        rate: Rate | None = None,
+        progress: Callable[[int], None] = lambda length: None,
+    ) -> None:
+        """Read the blocks in `runs`; those beyond the end of the disk are not there.
+
+        progress -- called with the bytes that were done since the last call
+
+        Raises OperationFailed for what the server does, and whatever `reader` raises.
+        """
+        with self._failing(), _flying() as flying, _Order(reader, progress) as order:
+            for zero, first, count in self._pieces(runs):
+                if zero:
+                    flying.append(_Zero(first, count, self.size))
+                    continue
+                length = min(count * BLOCK, self.size - first * BLOCK)
+                if rate is not None:
+                    self._pause(rate.wait(length), flying, order)
+                buffer = self._buffer(flying, order)
+                sized = buffer.sized(length)
+                chunk = Chunk(first, memoryview(buffer.room)[:length], buffer, sized)
+                flying.append(_Request(self._handle.aio_pread(sized, first * BLOCK), chunk))
+                while len(flying) >= UNDER_WAY:
+                    self._land(flying, order)
+            self._land_all(flying, order)
+
+    def _land(self, flying: _Flying, order: _Order[T]) -> None:
+        """Wait for the oldest request, and hand it on."""
+        oldest = flying[0]
+        if isinstance(oldest, _Zero):
+            flying.popleft()
+            order.put(oldest)
+            return
+        deadline = time.monotonic() + nbd_client.ANSWER_TIMEOUT
+        while not self._handle.aio_command_completed(oldest.cookie):
+            order.check()
+            nbd_client.poll(self._handle, deadline, self.disk)
+        flying.popleft()
+        order.put(oldest.chunk)
+
+    def _land_all(self, flying: _Flying, order: _Order[T]) -> None:
+        while flying:
+            self._land(flying, order)
+
+    def _buffer(self, flying: _Flying, order: _Order[T]) -> Buffer:
+        while True:
+            try:
+                return _free.get_nowait() if flying else _free.get(timeout=_POLL)
+            except queue.Empty:
+                order.check()
+                if flying:
+                    self._land(flying, order)
+
+    def _pause(self, seconds: float, flying: _Flying, order: _Order[T]) -> None:
+        if seconds <= 0:
+            return
+        self._land_all(flying, order)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            order.check()
+            time.sleep(min(left, _POLL))
+
+
+def _spans(runs: Runs) -> Iterator[list[tuple[int, int]]]:
+    """`runs`, as many at a time as the server is asked about at once."""
+    part: list[tuple[int, int]] = []
+    for first, count in runs:
+        while count:
+            begin = part[0][0] if part else first
+            room = begin + _STATUS_SPAN - first
+            if room <= 0:
+                yield part
+                part = []
+                continue
+            taken = min(count, room)
+            part.append((first, taken))
+            first, count = first + taken, count - taken
+    if part:
+        yield part
+
+
+class _Order(Generic[T]):
+    """Hands chunks to a reader: `prepare` side by side, the rest in the order they came in."""
+
+    def __init__(self, reader: Reader[T], progress: Callable[[int], None]) -> None:
+        self._reader = reader
+        self._progress = progress
+        self._queue: queue.SimpleQueue[tuple[Chunk, Future[T]] | _Zero | None] = queue.SimpleQueue()
+        self._failed: BaseException | None = None
+        self._workers = ThreadPoolExecutor(WORKERS, "ckptmgr-digest")
+        self._thread = threading.Thread(target=self._run, name="ckptmgr-write", daemon=True)
+
+    def __enter__(self) -> _Order[T]:
+        _buffers(BUFFERS)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and self._failed is None:
+            self._failed = _Stopped()
+        self._queue.put(None)
+        self._thread.join()
+        self._workers.shutdown()
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise what the reader has raised."""
+        if self._failed is not None:
+            raise self._failed
+
+    def put(self, found: Chunk | _Zero) -> None:
+        """Hand on what was read."""
+        if isinstance(found, _Zero):
+            self._queue.put(found)
+        else:
+            self._queue.put((found, self._workers.submit(self._reader.prepare, found)))
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            try:
+                self._take(item)
+            except BaseException as error:  # noqa: BLE001 -- raised by the other thread's check()
+                if self._failed is None:
+                    self._failed = error
+            finally:
+                if not isinstance(item, _Zero):
+                    _free.put(item[0].buffer)
+
+    def _take(self, item: tuple[Chunk, Future[T]] | _Zero) -> None:
+        if isinstance(item, _Zero):
+            if self._failed is None:
+                self._reader.zero(item.first, item.count)
+                self._progress(item.length)
+            return
+        chunk, prepared = item
+        done = prepared.result()  # also after a failure: nothing may use the buffer then
+        if self._failed is None:
+            self._reader.take(chunk, done)
+            self._progress(len(chunk.data))
+
+
+class _Stopped(Exception):
+    """The reading ended early."""
+
+
+@dataclass(frozen=True)
+class _Consumer:
+    """A reader that wants each chunk with its digests."""
+
+    consume: Callable[[int, memoryview, Sequence[bytes]], None]
+    zeroes: Callable[[int, int], None]
+
+    def prepare(self, chunk: Chunk) -> list[bytes]:
+        return chunk.digests()
+
+    def take(self, chunk: Chunk, prepared: list[bytes]) -> None:
+        self.consume(chunk.first, chunk.data, prepared)
+
+    def zero(self, first: int, count: int) -> None:
+        self.zeroes(first, count)
+
+
+def read_blocks(
+    source: Source,
+    runs: Runs,
+    consume: Callable[[int, memoryview, Sequence[bytes]], None],
+    zero: Callable[[int, int], None],
+    *,
+    rate: Rate | None = None,
+    progress: Callable[[int], None] = lambda length: None,
+) -> None:
+    """Read blocks with their digests.
+
+    consume -- ``(first, data, digests)``: consecutive blocks, a digest each, ZERO for zeroes;
+               `data` is good until it returns
+    zero -- ``(first, count)``: blocks of which the server says that they are zero
+
+    Both are called in the order of the blocks.  Raises as `Source.read`.
+    """
+    source.read(runs, _Consumer(consume, zero), rate=rate, progress=progress)

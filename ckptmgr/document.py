@@ -22,10 +22,10 @@
     </domaincheckpoint>
 
 An interval without ``map`` is unknown, ``reason`` says why.  A checkpoint whose state is that of
-a restore point has its identity as ``<ckptmgr:checkpoint … point='…'>``.  Element and attribute order are
-libvirt's (virDomainCheckpointDefFormatInternal), and so is the rule of what is there: in
-libvirt's part a disk whose bitmap the image does not hold (a bitmap that is not persistent, an
-archived one) stands as ``no``.  ``<domain>`` is kept as it was given, character by character.
+a restore point has its identity as ``<ckptmgr:checkpoint … point='…'>``.  Element and attribute
+order are libvirt's (virDomainCheckpointDefFormatInternal), and so is the rule of what is there:
+in libvirt's part a disk whose bitmap the image does not hold (a bitmap that is not persistent,
+an archived one) stands as ``no``.  ``<domain>`` is kept as it was given, character by character.
 """
 
 from __future__ import annotations
@@ -91,10 +91,11 @@ def format_store(checkpoint: Checkpoint) -> str:
     Raises InvalidRequest for what a checkpoint cannot be or XML cannot hold.
     """
     disks = "".join(_format_disk(disk) for disk in checkpoint.disks)
+    known = _attributes(engine=checkpoint.engine.value, point=checkpoint.point)
     return _format(
         checkpoint,
-        f"  <ckptmgr:checkpoint xmlns:ckptmgr='{xml.NAMESPACE}'"
-        f"{_attributes(engine=checkpoint.engine.value, point=checkpoint.point)}>\n{disks}  </ckptmgr:checkpoint>\n",
+        f"  <ckptmgr:checkpoint xmlns:ckptmgr='{xml.NAMESPACE}'{known}>\n"
+        f"{disks}  </ckptmgr:checkpoint>\n",
     )
 
 

@@ -54,6 +54,24 @@ class StoreDamaged(CkptmgrError):
     code = "store-damaged"
 
 
+class RepositoryFailed(CkptmgrError):
+    """A repository cannot be read or written (permission, space, a vanished file system)."""
+
+    code = "repository"
+
+
+class RepositoryDamaged(CkptmgrError):
+    """A file of a repository is missing, or is not what its manifest and digests promise."""
+
+    code = "repository-damaged"
+
+
+class PointExists(CkptmgrError):
+    """The name of a new restore point is taken."""
+
+    code = "point-exists"
+
+
 class ConnectionFailed(CkptmgrError):
     """libvirt cannot be reached, or went away."""
 
@@ -109,6 +127,13 @@ class NoSnapshot(CkptmgrError):
     """The domain has no snapshot of that name."""
 
     code = "no-snapshot"
+    exit_status = 3
+
+
+class NoPoint(CkptmgrError):
+    """The repository has no restore point of that name, or none of that domain."""
+
+    code = "no-point"
     exit_status = 3
 
 

@@ -18,7 +18,16 @@ import pytest
 
 from ckptmgr.store import files
 
-CALLS = ("_create", "_write", "_fsync", "_rename", "_unlink", "_mkdir", "_fsync_folder")
+CALLS = (
+    "_create",
+    "_write",
+    "_fsync",
+    "_rename",
+    "_unlink",
+    "_mkdir",
+    "_rmdir",
+    "_fsync_folder",
+)
 
 
 @dataclass
@@ -32,7 +41,6 @@ class Recorder:
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     before: Callable[[int], None] = lambda number: None
     number: int = 0
-    _files: dict[int, Path] = field(default_factory=dict)
 
     def mark(self, label: str) -> None:
         """Note that the store said that something is done."""
@@ -48,10 +56,9 @@ class Recorder:
             self.number += 1
             self.before(self.number)
             result = call(*arguments)
-            if name == "_create":
-                self._files[result] = arguments[0]
             if name in ("_write", "_fsync"):
-                arguments = (self._files[arguments[0]], *arguments[1:])
+                path = Path(f"/proc/self/fd/{arguments[0]}").readlink()
+                arguments = (path, *map(bytes, arguments[1:]))
             self.calls.append((name, *arguments))
             return result
 
@@ -133,17 +140,20 @@ def _states(start: dict[Path, bytes | None], calls: list[tuple[Any, ...]]) -> It
             _file(now, path).written += arguments[1]
         elif name == "_fsync":
             _file(now, path).durable = _file(now, path).written
-        elif name == "_unlink":
+        elif name in ("_unlink", "_rmdir"):
             del now[path]
             waiting.setdefault(path.parent, []).append((path, None, None))
         elif name == "_rename":
             assert path.parent == arguments[1].parent
-            now[arguments[1]] = now.pop(path)
+            assert arguments[1] not in waiting, "a folder is changed, then takes another's name"
+            _apply(now, (path, arguments[1], now[path]))
             waiting.setdefault(path.parent, []).append((path, arguments[1], now[arguments[1]]))
         elif name == "_fsync_folder":
             for change in waiting.pop(path, ()):
                 _apply(names, change)
-    chosen = product(*(_subsets(changes) for changes in waiting.values()))
+    # Changes in a folder before those of its own name: they are recorded by the old one.
+    inner = sorted(waiting, key=lambda folder: -len(folder.parts))
+    chosen = product(*(_subsets(waiting[folder]) for folder in inner))
     for subset in chosen:
         left = dict(names)
         for changes in subset:
@@ -175,6 +185,9 @@ def _apply(
     names: dict[Path, _File | None], change: tuple[Path | None, Path | None, _File | None]
 ) -> None:
     gone, come, file = change
+    if gone is not None and come is not None:  # a folder takes along what is in it
+        for path in [path for path in names if gone in path.parents]:
+            names[come / path.relative_to(gone)] = names.pop(path)
     if gone is not None:
         names.pop(gone, None)
     if come is not None:

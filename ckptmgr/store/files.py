@@ -1,10 +1,11 @@
-"""The only module that changes the disk: a few whole-file operations.
+"""The only module that changes the store's disk, and a repository's: a few whole-file operations.
 
 What is durable when:
 
 - `write` returns: the file has its new content, whatever happens.  Interrupted before that, it
   has all of the old or all of the new content, and maybe a temporary file lies beside it.
 - `remove` and `make_folder` return: the name is gone, or there, whatever happens.
+- `Output.close` returns: the file's content is certain; its name once the folder was synced.
 
 Without `sync` that holds only after the next `sync_folder` of the folder, or `write` or `remove`
 in it with `sync`; until then, a power cut may leave the name as it was.
@@ -88,6 +89,68 @@ def move(old: Path, new: Path) -> None:
     sync_folder(new.parent)
 
 
+class Output:
+    """A new file, of mode 0600, that is written from front to back.  Raises StoreFailed.
+
+    length -- bytes appended so far
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.length = 0
+        with failing(path, "cannot be written"):
+            self._descriptor: int | None = _create(path)
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Write `data` behind what is there."""
+        assert self._descriptor is not None, "it is closed"  # noqa: S101 -- a slip of ours
+        with failing(self.path, "cannot be written"):
+            _write(self._descriptor, data)
+        self.length += len(data)
+
+    def close(self) -> None:
+        """Make the content durable."""
+        assert self._descriptor is not None, "it is closed"  # noqa: S101 -- a slip of ours
+        with failing(self.path, "cannot be written"):
+            _fsync(self._descriptor)
+        self._release()
+
+    def abandon(self) -> None:
+        """Remove the file, closed or not."""
+        self._release()
+        with suppress(OSError):
+            _unlink(self.path)
+
+    def _release(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file that another program wrote durable.  Raises StoreFailed."""
+    with failing(path, "cannot be written"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all in it, following no link; nothing of that is durable yet.
+
+    Raises StoreFailed.
+    """
+    with failing(folder, "cannot be removed"):
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                remove_tree(path)
+            else:
+                _unlink(path)
+        _rmdir(folder)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder of mode 0700, and those above it that are missing.  Raises StoreFailed."""
     missing = []
@@ -130,17 +193,27 @@ def is_folder(path: Path) -> bool:
     return True
 
 
-def read(path: Path) -> bytes:
-    """The content of a regular file.  Raises OSError, and StoreDamaged for anything else."""
+def open_regular(path: Path) -> int:
+    """A descriptor for reading a regular file.
+
+    Raises OSError, and StoreDamaged for anything else under that name.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise StoreDamaged(f"{path} is a symbolic link") from None
         raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreDamaged(f"{path} is not a regular file")
+    return descriptor
+
+
+def read(path: Path) -> bytes:
+    """The content of a regular file.  Raises OSError, and StoreDamaged for anything else."""
+    descriptor = open_regular(path)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise StoreDamaged(f"{path} is not a regular file")
         parts = []
         while part := os.read(descriptor, _READ_AT_ONCE):
             parts.append(part)
@@ -170,7 +243,7 @@ def _create(path: Path) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _write(descriptor: int, data: bytes) -> None:
+def _write(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -186,6 +259,10 @@ def _rename(old: Path, new: Path) -> None:
 
 def _unlink(path: Path) -> None:
     path.unlink()
+
+
+def _rmdir(path: Path) -> None:
+    path.rmdir()
 
 
 def _mkdir(path: Path) -> None:

@@ -17,7 +17,7 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import (
     BitmapBroken,
@@ -169,44 +169,32 @@ def _ending_with_us() -> Callable[[], None]:
     return in_child
 
 
-class BitmapServer:
-    """A qemu-nbd that serves one bitmap of one image; made by `serve`.
+class _Server:
+    """A qemu-nbd that ends with its first client; before that, with us.
 
     socket -- where it listens, or soon will
     """
 
-    def __init__(self, disk: str, image: str, bitmap: str, folder: Path) -> None:
+    def __init__(self, disk: str, image: str, options: list[str], name: str, folder: Path) -> None:
         self.socket = str(folder / "nbd.sock")
         self._disk = disk
         self._image = image
-        self._bitmap = bitmap
-        # Without --persistent it ends with its first client; before that, with us.
-        self._process = _start(
-            [
-                "qemu-nbd",
-                "--read-only",
-                f"--bitmap={bitmap}",
-                f"--socket={self.socket}",
-                "--",
-                image_name(image, backing=None),
-            ],
-            preexec_fn=_ending_with_us(),
-        )
+        command = ["qemu-nbd", "--read-only", *options, f"--socket={self.socket}", "--", name]
+        self._process = _start(command, preexec_fn=_ending_with_us())
 
     def check(self) -> None:
-        """Raises Busy, BitmapBroken or OperationFailed if it has ended."""
+        """Raises Busy or what `_failure` says if it has ended."""
         if self._process.poll() is None:
             return
         said = self._said()
         if " lock" in said:
             raise _in_use(self._disk, self._image)
-        message = (
-            f"reading bitmap {self._bitmap!r} of disk {self._disk} from {self._image} failed: "
-            f"{said or 'qemu-nbd ended'}"
+        raise self._failure(said)
+
+    def _failure(self, said: str) -> CkptmgrError:
+        return OperationFailed(
+            f"reading disk {self._disk} from {self._image} failed: {said or 'qemu-nbd ended'}"
         )
-        if said.startswith("qemu-nbd: Bitmap"):
-            raise BitmapBroken(message, disk=self._disk)
-        raise OperationFailed(message)
 
     def _said(self) -> str:
         stderr = self._process.stderr
@@ -224,12 +212,53 @@ class BitmapServer:
             self._process.stderr.close()
 
 
+_ServerT = TypeVar("_ServerT", bound=_Server)
+
+
+class BitmapServer(_Server):
+    """Serves one bitmap of one image; made by `serve`."""
+
+    def __init__(self, disk: str, image: str, bitmap: str, folder: Path) -> None:
+        self._bitmap = bitmap
+        name = image_name(image, backing=None)
+        super().__init__(disk, image, [f"--bitmap={bitmap}"], name, folder)
+
+    def _failure(self, said: str) -> CkptmgrError:
+        message = (
+            f"reading bitmap {self._bitmap!r} of disk {self._disk} from {self._image} failed: "
+            f"{said or 'qemu-nbd ended'}"
+        )
+        if said.startswith("qemu-nbd: Bitmap"):
+            return BitmapBroken(message, disk=self._disk)
+        return OperationFailed(message)
+
+
+class ImageServer(_Server):
+    """Serves the content of an image; made by `serve_image`."""
+
+
 @contextlib.contextmanager
 def serve(disk: str, image: str, bitmap: str) -> Iterator[BitmapServer]:
     """Serve a bitmap on a socket in a folder that only we can enter."""
     with private_folder() as folder:
-        server = BitmapServer(disk, image, bitmap, folder)
-        try:
-            yield server
-        finally:
-            server.stop()
+        yield from _stopped(BitmapServer(disk, image, bitmap, folder))
+
+
+@contextlib.contextmanager
+def serve_image(disk: str, image: str, *, chain: bool = True) -> Iterator[ImageServer]:
+    """Serve the content of a qcow2 image on a socket in a folder that only we can enter.
+
+    The export has no name.  The server may fail after this has returned: `ImageServer.check`.
+
+    chain -- as it reads on its backing files; False: what the image holds itself, and zeroes
+    """
+    options = {} if chain else {"backing": None}
+    with private_folder() as folder:
+        yield from _stopped(ImageServer(disk, image, [], image_name(image, **options), folder))
+
+
+def _stopped(server: _ServerT) -> Iterator[_ServerT]:
+    try:
+        yield server
+    finally:
+        server.stop()

@@ -17,6 +17,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .align import DiskRequest, parse_disk_spec
+    from .backup.catalogue import Catalogue, repository
+    from .backup.views import DamageView, PointDiskView, PointsView, PointView
     from .checkpoint import EngineName, State
     from .consistency import Finding
     from .dirtymap import DirtyMap
@@ -59,10 +61,12 @@ if TYPE_CHECKING:
 __all__ = [
     "BitmapBroken",
     "Busy",
+    "Catalogue",
     "CheckpointExists",
     "CheckpointView",
     "CkptmgrError",
     "ConnectionFailed",
+    "DamageView",
     "DiffView",
     "DirtyMap",
     "DiskDiff",
@@ -85,7 +89,10 @@ __all__ = [
     "OperationFailed",
     "PlaceView",
     "Plan",
+    "PointDiskView",
     "PointExists",
+    "PointView",
+    "PointsView",
     "ReadOnlyConnection",
     "RepositoryDamaged",
     "RepositoryFailed",
@@ -97,10 +104,13 @@ __all__ = [
     "__version__",
     "connect",
     "parse_disk_spec",
+    "repository",
 ]
 
 _ELSEWHERE = {
     ".align": ("DiskRequest", "parse_disk_spec"),
+    ".backup.catalogue": ("Catalogue", "repository"),
+    ".backup.views": ("DamageView", "PointDiskView", "PointView", "PointsView"),
     ".checkpoint": ("EngineName", "State"),
     ".consistency": ("Finding",),
     ".dirtymap": ("DirtyMap",),

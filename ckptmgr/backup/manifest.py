@@ -44,6 +44,7 @@ _ID = re.compile("[0-9a-f]{32}")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _ROLE = re.compile("[a-z][a-z0-9-]{0,31}")
 _DIGEST = "digest"
+_TIME_MAX = 253402300799  # the last second of the year 9999
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _fault(manifest: Manifest) -> str | None:
     if manifest.parent == manifest.name:
         return "it is its own parent"
     times = (manifest.created, manifest.checkpoint_created or 0)
-    if not all(0 <= time <= SIZE_MAX for time in times):
+    if not all(0 <= time <= _TIME_MAX for time in times):
         return "it has a time that is none"
     names = [disk.name for disk in manifest.disks]
     listed = [name for disk in manifest.disks for name in (disk.file, disk.digests)]

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from .candidates import complete_checkpoint, complete_domain, complete_snapshot
+from .candidates import (
+    complete_checkpoint,
+    complete_domain,
+    complete_kept_domain,
+    complete_point,
+    complete_snapshot,
+)
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -42,6 +49,35 @@ def snapshot_argument(function: Decorated) -> Decorated:
     """``NAME``: a snapshot's."""
     return click.argument("name", metavar="NAME", type=text, shell_complete=complete_snapshot)(
         function
+    )
+
+
+def repository_argument(function: Decorated) -> Decorated:
+    """``REPO``: the folder of a repository."""
+    return click.argument(
+        "repository", metavar="REPO", type=click.Path(file_okay=False, path_type=Path)
+    )(function)
+
+
+def kept_domain_argument(*, required: bool) -> Callable[[Decorated], Decorated]:
+    """``DOMAIN``: the name or UUID of a domain of which the repository has points."""
+    return click.argument(
+        "domain",
+        metavar="DOMAIN" if required else "[DOMAIN]",
+        type=text,
+        required=required,
+        shell_complete=complete_kept_domain,
+    )
+
+
+def point_argument(*, required: bool) -> Callable[[Decorated], Decorated]:
+    """``POINT``: the name of a restore point."""
+    return click.argument(
+        "point",
+        metavar="POINT" if required else "[POINT]",
+        type=text,
+        required=required,
+        shell_complete=complete_point,
     )
 
 

@@ -5,7 +5,7 @@ Nothing here raises or prints: a hypervisor that does not answer has nothing to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 from ..errors import CkptmgrError
 
 if TYPE_CHECKING:
+    from ..backup.views import PointView
     from ..manager import Host
     from .session import Session
 
@@ -69,6 +70,40 @@ def complete_disk(
     return _matching(context, incomplete, specs)
 
 
+def complete_kept_domain(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Names of the domains of which the repository of the command line has points."""
+    return _kept(context, incomplete, None, lambda point: point.domain)
+
+
+def complete_point(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Names of the points of the domain that the command line names."""
+    domain = context.params.get("domain")
+    return _kept(context, incomplete, domain, lambda point: point.name) if domain else []
+
+
+def _kept(
+    context: click.Context,
+    incomplete: str,
+    domain: str | None,
+    candidate: Callable[[PointView], str],
+) -> list[CompletionItem]:
+    """What `candidate` says of the points in the repository, each once."""
+    from ..backup.catalogue import repository
+
+    path = context.params.get("repository")
+    if not path:
+        return []
+    try:
+        found = repository(path).points(domain).points
+    except (CkptmgrError, OSError, ImportError):
+        return []
+    return _items(dict.fromkeys(map(candidate, found)), incomplete)
+
+
 def _matching(
     context: click.Context, incomplete: str, look_up: Callable[[Host], list[str]]
 ) -> list[CompletionItem]:
@@ -81,6 +116,10 @@ def _matching(
             found = look_up(host)
     except (CkptmgrError, OSError, ImportError):
         return []
+    return _items(found, incomplete)
+
+
+def _items(found: Iterable[str], incomplete: str) -> list[CompletionItem]:
     # The shells' protocol has a candidate a line.
     return [
         CompletionItem(text) for text in found if text.startswith(incomplete) and text.isprintable()

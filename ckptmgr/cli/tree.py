@@ -12,8 +12,9 @@ line of history stays a line; where the history forks, each branch gets a column
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from ..checkpoint import State
 from .terminal import Style, Terminal
@@ -23,11 +24,63 @@ from .units import local_time
 if TYPE_CHECKING:
     from ..views import CheckpointView, ListView, PlaceView
 
-_UNICODE = ("○ ", "● ", "├─", "└─", "│ ")
-_ASCII = ("o ", "* ", "|-", "`-", "| ")
+
+@dataclass(frozen=True)
+class Glyphs:
+    """The characters of which a tree is drawn."""
+
+    node: str
+    current: str
+    branch: str
+    last: str
+    bar: str
+
+
+_UNICODE = Glyphs("○ ", "● ", "├─", "└─", "│ ")
+_ASCII = Glyphs("o ", "* ", "|-", "`-", "| ")
+
+
+def glyphs(terminal: Terminal) -> Glyphs:
+    """The characters that `terminal` can show."""
+    return _UNICODE if terminal.unicode else _ASCII
+
+
+T = TypeVar("T")
 
 _Line = tuple[str, str, "CheckpointView"]
 """what leads to the node, the node, the checkpoint"""
+
+
+def layout(
+    nodes: Sequence[T], name: Callable[[T], str], parent: Callable[[T], str | None], glyphs: Glyphs
+) -> Iterator[tuple[str, T] | None]:
+    """What leads to each node, and the node, a line each; None for an empty line: what follows is
+    not a child of what is above.
+
+    Siblings and roots come in the order in which they are given.  A node whose parent is not among
+    them is drawn as a root.
+    """
+    shown = {name(node) for node in nodes}
+    children: dict[str | None, list[T]] = {}
+    for node in nodes:
+        above = parent(node)
+        children.setdefault(above if above in shown else None, []).append(node)
+    for number, root in enumerate(children.get(None, [])):
+        if number:
+            yield None
+        # (what leads to this line, what leads to the lines below it, the node)
+        waiting = [("", "", root)]
+        while waiting:
+            lead, below, node = waiting.pop()
+            yield lead, node
+            offspring = children.get(name(node), [])
+            if len(offspring) == 1:
+                waiting.append((below, below, offspring[0]))
+                continue
+            for child in reversed(offspring):
+                final = child is offspring[-1]
+                branch = glyphs.last if final else glyphs.branch
+                waiting.append((below + branch, below + ("  " if final else glyphs.bar), child))
 
 
 def tree(view: ListView, terminal: Terminal) -> Iterator[str]:
@@ -38,32 +91,14 @@ def tree(view: ListView, terminal: Terminal) -> Iterator[str]:
     not among them is drawn as a root.
     """
     checkpoints, snapshots, place = view.checkpoints, view.snapshots or (), view.place
-    node, current, branch, last, bar = _UNICODE if terminal.unicode else _ASCII
-    shown = {checkpoint.name for checkpoint in checkpoints}
-    children: dict[str | None, list[CheckpointView]] = {}
-    for checkpoint in checkpoints:
-        parent = checkpoint.parent if checkpoint.parent in shown else None
-        children.setdefault(parent, []).append(checkpoint)
-
     drawn: list[_Line | None] = []
-    for root in children.get(None, []):
-        if drawn:
-            drawn.append(None)  # an empty line: what follows is not a child of what is above
-        # (what leads to this line, what leads to the lines below it, the checkpoint)
-        waiting = [("", "", root)]
-        while waiting:
-            lead, below, checkpoint = waiting.pop()
-            mark = current if checkpoint.current else node
-            drawn.append((lead, mark, checkpoint))
-            offspring = children.get(checkpoint.name, [])
-            if len(offspring) == 1:
-                waiting.append((below, below, offspring[0]))
-                continue
-            for child in reversed(offspring):
-                final = child is offspring[-1]
-                waiting.append(
-                    (below + (last if final else branch), below + ("  " if final else bar), child)
-                )
+    own = glyphs(terminal)
+    for found in layout(checkpoints, lambda each: each.name, lambda each: each.parent, own):
+        if found is None:
+            drawn.append(None)
+            continue
+        lead, checkpoint = found
+        drawn.append((lead, own.current if checkpoint.current else own.node, checkpoint))
 
     names = max((width(_name(line)) for line in drawn if line is not None), default=0)
     hanging: dict[str | None, list[str]] = {}

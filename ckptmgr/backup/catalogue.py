@@ -1,0 +1,83 @@
+"""The library's face of a repository: its points, and what can be done with them.
+
+    repository = ckptmgr.repository("/srv/backup")
+    for point in repository.points("web").points:
+        print(point.name, point.created, point.bytes)
+
+None of it needs libvirt.  Everything raises a subclass of ``ckptmgr.CkptmgrError``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import NoPoint
+from .repository import Lineage, Loaded, Repository
+from .views import DamageView, PointsView, point_view
+
+LOCK_TIMEOUT = 30.0
+"""Seconds to wait for another process that changes the same points."""
+
+
+def repository(path: str | Path) -> Catalogue:
+    """The repository in the folder `path`.  Raises RepositoryFailed if there is none."""
+    found = Repository(Path(path))
+    found.require()
+    return Catalogue(found)
+
+
+class Catalogue:
+    """A repository; made by `ckptmgr.repository`.
+
+    `domain` is everywhere the name or UUID of a domain that the points are of; None: all.
+    """
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    @property
+    def path(self) -> Path:
+        """The folder of the repository."""
+        return self._repository.path
+
+    def points(self, domain: str | None = None) -> PointsView:
+        """The points, by lineage, parents before their children.
+
+        Raises NoPoint if there is none of `domain`, RepositoryFailed.
+        """
+        found = self._loaded(domain)
+        points, damaged = [], []
+        for lineage, loaded in found:
+            wanted = set(loaded.points.manifests if domain is None else loaded.points.of(domain))
+            for name in loaded.points.topological():
+                if name in wanted:
+                    points.append(
+                        point_view(
+                            lineage.key,
+                            str(lineage.path / name),
+                            loaded.points.get(name),
+                            parent=loaded.points.parent(name),
+                            broken=loaded.points.broken(name),
+                        )
+                    )
+            damaged += [
+                DamageView(lineage.key, damage.point, damage.message) for damage in loaded.damaged
+            ]
+        return PointsView(tuple(points), tuple(damaged))
+
+    def _loaded(self, domain: str | None) -> list[tuple[Lineage, Loaded]]:
+        """The lineages in question."""
+        found = [(each, each.load()) for each in self._repository.lineages()]
+        if domain is None:
+            return found
+        chosen = [
+            (lineage, loaded)
+            for lineage, loaded in found
+            if loaded.points.of(domain) or (lineage.key == domain and loaded.damaged)
+        ]
+        if not chosen:
+            raise NoPoint(
+                f"the repository {self.path} has no restore point of domain {domain!r}",
+                hint=f"ckptmgr points {self.path}",
+            )
+        return chosen

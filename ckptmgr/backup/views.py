@@ -1,0 +1,136 @@
+"""What is told of a repository: plain objects and, of each, the JSON promised to scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..views import timestamp
+from .manifest import Manifest
+
+
+@dataclass(frozen=True)
+class PointDiskView:
+    """One disk of a restore point.
+
+    mode -- full or incremental
+    file -- the path of its image, which can be opened as it is, and must not be written
+    bytes -- what the image takes, without those that it stands on
+    """
+
+    name: str
+    mode: str
+    file: str
+    bytes: int
+    virtual_size: int
+    base: str | None = None
+    reason: str | None = None
+
+    def json(self) -> dict[str, Any]:
+        """The entry of ``"disks"``."""
+        return {
+            "name": self.name,
+            "mode": self.mode,
+            "file": self.file,
+            "bytes": self.bytes,
+            "virtual_size": self.virtual_size,
+            "base": self.base,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class PointView:
+    """A restore point with its place in the tree.
+
+    lineage -- the UUID of the domain with which the tree began
+    domain, uuid -- of the domain whose state it is
+    checkpoint -- the checkpoint of that state
+    broken -- why it cannot be restored, as far as the manifests tell; None: nothing speaks
+              against it
+    """
+
+    lineage: str
+    domain: str
+    uuid: str
+    name: str
+    parent: str | None
+    checkpoint: str | None
+    created: int
+    disks: tuple[PointDiskView, ...]
+    broken: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """What its images take, without those that they stand on."""
+        return sum(disk.bytes for disk in self.disks)
+
+    def json(self) -> dict[str, Any]:
+        """The entry of ``"points"``."""
+        return {
+            "domain": self.domain,
+            "uuid": self.uuid,
+            "lineage": self.lineage,
+            "name": self.name,
+            "parent": self.parent,
+            "checkpoint": self.checkpoint,
+            "created": timestamp(self.created),
+            "broken": self.broken,
+            "disks": [disk.json() for disk in self.disks],
+        }
+
+
+@dataclass(frozen=True)
+class DamageView:
+    """A point whose manifest cannot be used."""
+
+    lineage: str
+    point: str | None
+    message: str
+
+    def json(self) -> dict[str, Any]:
+        """The entry of ``"damaged"``."""
+        return {"lineage": self.lineage, "name": self.point, "message": self.message}
+
+
+@dataclass(frozen=True)
+class PointsView:
+    """The points of a repository, or of one domain: by lineage, parents before their children."""
+
+    points: tuple[PointView, ...]
+    damaged: tuple[DamageView, ...] = ()
+
+    def json(self) -> dict[str, Any]:
+        """The document of points."""
+        return {
+            "points": [point.json() for point in self.points],
+            "damaged": [damage.json() for damage in self.damaged],
+        }
+
+
+def point_view(
+    lineage: str, folder: str, point: Manifest, *, parent: str | None, broken: str | None
+) -> PointView:
+    """The view of a point in `folder`, whose parent in the tree is `parent`."""
+    return PointView(
+        lineage=lineage,
+        domain=point.domain_name,
+        uuid=point.domain_uuid,
+        name=point.name,
+        parent=parent,
+        checkpoint=point.checkpoint,
+        created=point.created,
+        disks=tuple(
+            PointDiskView(
+                name=disk.name,
+                mode=disk.mode,
+                file=f"{folder}/{disk.file}",
+                bytes=disk.bytes,
+                virtual_size=disk.virtual_size,
+                base=disk.base,
+                reason=disk.reason,
+            )
+            for disk in point.disks
+        ),
+        broken=broken,
+    )

@@ -26,6 +26,9 @@ from .plan.steps import Export, Server
 DIRTY = 1
 """NBD_STATE_DIRTY of the qemu:dirty-bitmap contexts."""
 
+ALLOCATION = "base:allocation"
+"""The metadata context that tells what reads as zeroes."""
+
 REQUEST_MAX = 2**31
 """Bytes asked about at once: below 4 GiB (32-bit lengths) and a multiple of any granularity."""
 
@@ -153,6 +156,20 @@ def connect(
             time.sleep(_PAUSE)
             continue
         return handle
+
+
+def attempt(socket: str, disk: str, check: Callable[[], None]) -> None:
+    """Connect to a server's default export, once it is there, and leave again.
+
+    Raises OperationFailed, and whatever `check` does.
+    """
+    try:
+        disconnect(connect(socket, "", disk, ALLOCATION, check=check))
+    except nbd.Error as error:
+        check()
+        raise OperationFailed(
+            f"the NBD server of disk {disk} cannot be reached: {error.string}"
+        ) from error
 
 
 def _begin(handle: nbd.NBD, server: Server) -> None:

@@ -23,6 +23,7 @@ from ckptmgr.plan.steps import (
     NbdStop,
     Quiesced,
     ReadMaps,
+    ScratchRemove,
     TcpServer,
     Transaction,
 )
@@ -208,6 +209,7 @@ def test_undo_removes_what_a_create_makes_and_tolerates_what_it_did_not():
     assert plan.undo == (
         CheckpointDelete("c2", metadata_only=True, missing_ok=True),
         NbdStop(SOCKET),
+        ScratchRemove(),
         BitmapsRemove(
             (
                 BitmapRef("libvirt-1-format", "c2", "vda", "/img/1.qcow2"),

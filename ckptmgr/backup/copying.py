@@ -40,7 +40,6 @@ UNDER_WAY = 8
 
 WORKERS = 2
 
-ALLOCATION = "base:allocation"
 _READS_ZERO = 2  # NBD_STATE_ZERO
 _STATUS_SPAN = 16384
 """Blocks that the server is asked about at once, to know which are zero: 1 GiB."""
@@ -190,8 +189,9 @@ class Source:
         self.disk = disk
         self._check = check
         with self._failing():
-            self._handle = nbd_client.connect(server, name, disk, ALLOCATION, check=check)
-            self._told = self._handle.can_meta_context(ALLOCATION)
+            context = nbd_client.ALLOCATION
+            self._handle = nbd_client.connect(server, name, disk, context, check=check)
+            self._told = self._handle.can_meta_context(context)
             self.size: int = self._handle.get_size()
 
     def close(self) -> None:
@@ -244,7 +244,8 @@ class Source:
         if not self._told:
             return
         end = min(past * BLOCK, self.size)
-        runs = nbd_client.status(self._handle, ALLOCATION, self.disk, first * BLOCK, end)
+        context = nbd_client.ALLOCATION
+        runs = nbd_client.status(self._handle, context, self.disk, first * BLOCK, end)
         zero = ((start, length, bool(flags & _READS_ZERO)) for start, length, flags in runs)
         for start, length in nbd_client.join(zero):
             low = -(-start // BLOCK)

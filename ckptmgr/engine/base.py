@@ -11,7 +11,7 @@ from typing import Protocol
 from ..checkpoint import EngineName
 from ..dirtymap import DirtyMap
 from ..errors import CkptmgrError
-from ..plan.steps import Step
+from ..plan.steps import Server, Step
 
 log = logging.getLogger("ckptmgr")
 
@@ -21,9 +21,11 @@ class Outcome:
     """What came out of a plan's steps.
 
     maps -- the dirty maps that were read, by disk target
+    served -- where the data of disks can be read, by target: the server and the export's name
     """
 
     maps: dict[str, DirtyMap] = field(default_factory=dict)
+    served: dict[str, tuple[Server, str]] = field(default_factory=dict)
 
     def add(self, disk: str, found: DirtyMap) -> None:
         """Take in a map of `disk`; a second one (of another layer) is joined to the first."""

@@ -21,6 +21,7 @@ from ..plan.steps import (
     CheckpointDelete,
     CheckpointPurge,
     CheckpointRedefine,
+    DataServed,
     Quiesced,
     ReadMaps,
     Step,
@@ -78,6 +79,8 @@ class LibvirtEngine:
                 self._end(step)
             case ReadMaps():
                 read_maps(step, outcome)
+            case DataServed():
+                outcome.served |= {disk: (step.socket, name) for disk, name in step.exports}
             case Quiesced():
                 quiesced(self.adapter, step, lambda inner: self.perform(inner, outcome))
             case _:

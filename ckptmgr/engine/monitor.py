@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket as sockets
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..errors import (
     OperationFailed,
     Unsupported,
 )
+from ..plan.monitor import scratch_name
 from ..plan.steps import (
     BitmapRef,
     BitmapsRemove,
@@ -28,6 +30,10 @@ from ..plan.steps import (
     NbdStop,
     Quiesced,
     ReadMaps,
+    Scratch,
+    ScratchAdd,
+    ScratchExport,
+    ScratchRemove,
     Step,
     Transaction,
 )
@@ -38,6 +44,15 @@ log = logging.getLogger("ckptmgr")
 
 EXPORT_PREFIX = "ckptmgr-"
 """Starts the ids of our block exports."""
+
+SCRATCH_PREFIX = scratch_name("")
+STORAGE_PREFIX = "ckptmgr-file-"
+"""Start the names of our scratch nodes, and of the files below them."""
+
+JOB_TIMEOUT = 60.0
+"""Seconds for a job of QEMU's to end."""
+
+_PAUSE = 0.005
 
 
 class MonitorEngine:
@@ -67,6 +82,14 @@ class MonitorEngine:
                 self._export(step)
             case NbdStop():
                 self._stop(step)
+            case ScratchAdd():
+                for scratch in step.disks:
+                    self._add_scratch(scratch)
+            case ScratchExport():
+                for scratch in step.disks:
+                    self._export_scratch(scratch)
+            case ScratchRemove():
+                self._remove_scratch()
             case ReadMaps():
                 read_maps(step, outcome)
             case Quiesced():
@@ -148,6 +171,71 @@ class MonitorEngine:
                 "bitmaps": [item.export.bitmap],
             }
             self._command("block-export-add", **arguments)
+
+    # --- scratch files ---
+
+    def _add_scratch(self, scratch: Scratch) -> None:
+        """Have QEMU make the file, which then belongs to whom QEMU runs as."""
+        image = self._nodes()[scratch.node]["image"]
+        storage = f"{STORAGE_PREFIX}{scratch.disk}"
+        self._create({"driver": "file", "filename": scratch.file, "size": 0})
+        self._command(
+            "blockdev-add", driver="file", filename=scratch.file, **{"node-name": storage}
+        )
+        size = image["virtual-size"]
+        self._create({"driver": "qcow2", "file": storage, "size": size})
+        arguments = {"node-name": scratch.name, "file": storage, "backing": scratch.node}
+        self._command("blockdev-add", driver="qcow2", **arguments)
+
+    def _create(self, options: dict[str, Any]) -> None:
+        """blockdev-create, which is a job."""
+        job = f"{EXPORT_PREFIX}create"
+        self._command("blockdev-create", **{"job-id": job}, options=options)
+        deadline = time.monotonic() + JOB_TIMEOUT
+        while True:
+            (found,) = [each for each in self._command("query-jobs") if each["id"] == job]
+            if found["status"] == "concluded":
+                break
+            if time.monotonic() > deadline:
+                raise Busy("QEMU does not finish making a scratch file")
+            time.sleep(_PAUSE)
+        self._command("job-dismiss", id=job)
+        if "error" in found:
+            raise OperationFailed(
+                f"QEMU cannot make a scratch file: {found['error']}",
+                hint="socket_directory in ckptmgr.toml names another folder for them",
+            )
+
+    def _export_scratch(self, scratch: Scratch) -> None:
+        arguments = {
+            "type": "nbd",
+            "id": scratch.name,
+            "node-name": scratch.name,
+            "name": scratch.name,
+            "writable": False,
+        }
+        self._command("block-export-add", **arguments)
+
+    def _remove_scratch(self) -> None:
+        deadline = time.monotonic() + JOB_TIMEOUT
+        told: set[str] = set()
+        while jobs := [
+            job["device"]
+            for job in self._command("query-block-jobs")
+            if job["device"].startswith(SCRATCH_PREFIX)
+        ]:
+            for job in jobs:
+                if job not in told:
+                    told.add(job)
+                    self._command("block-job-cancel", device=job, force=True)
+            if time.monotonic() > deadline:
+                raise Busy(f"the job {jobs[0]} in QEMU does not end", hint="try again later")
+            time.sleep(_PAUSE)
+        nodes = self._nodes()
+        for prefix in (SCRATCH_PREFIX, STORAGE_PREFIX):  # above before below
+            for node in nodes:
+                if node.startswith(prefix):
+                    self._command("blockdev-del", **{"node-name": node})
 
     def _stop(self, step: NbdStop) -> None:
         if not (listening(step.socket) or self._exporting()):

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from ..checkpoint import EngineName
 from ..domain.adapter import DomainAdapter
 from ..nbd import read_dirty_map
-from ..plan.steps import Export, ImageBitmap, ImagesCheck, ReadImageMap, Step
+from ..plan.steps import (
+    Export,
+    ImageBitmap,
+    ImagesCheck,
+    ImagesRelease,
+    ImagesServe,
+    ReadImageMap,
+    Step,
+)
 from .base import Outcome, run_steps
 from .libvirt import LibvirtEngine
-from .qemu_img import change_bitmap, check_free, serve
+from .qemu_img import change_bitmap, check_free, serve, serve_image
 
 
 class OfflineEngine:
@@ -21,6 +30,7 @@ class OfflineEngine:
     def __init__(self, adapter: DomainAdapter) -> None:
         self.adapter = adapter
         self._libvirt = LibvirtEngine(adapter)
+        self._servers = ExitStack()
 
     def run(self, steps: Sequence[Step]) -> Outcome:
         """Execute `steps`; see `Engine`."""
@@ -36,6 +46,13 @@ class OfflineEngine:
                 change_bitmap(step)
             case ReadImageMap():
                 self._read(step, outcome)
+            case ImagesServe():
+                for disk, image, form in step.images:
+                    server = self._servers.enter_context(serve_image(disk, image, form))
+                    server.wait()
+                    outcome.served[disk] = (server.socket, "")
+            case ImagesRelease():
+                self._servers.close()
             case _:
                 self._libvirt.perform(step, outcome)
 

@@ -41,9 +41,10 @@ _LOCKED_RANGES = ((100, 64), (200, 64))
 _FLOCK = struct.Struct("hhqqi4x")
 
 
-def image_name(path: str, **options: Any) -> str:
-    """How QEMU's tools are given the qcow2 image at `path`.
+def image_name(path: str, driver: str = "qcow2", **options: Any) -> str:
+    """How QEMU's tools are given the image at `path`.
 
+    driver -- its format
     options -- further blockdev options, ``backing=None`` for one without its backing file
     """
     try:
@@ -51,7 +52,7 @@ def image_name(path: str, **options: Any) -> str:
     except OSError:
         block = False  # the tool will say what is wrong with it
     protocol = "host_device" if block else "file"
-    image = {"driver": "qcow2", "file": {"driver": protocol, "filename": path}, **options}
+    image = {"driver": driver, "file": {"driver": protocol, "filename": path}, **options}
     return "json:" + json.dumps(image)
 
 
@@ -170,7 +171,7 @@ def _ending_with_us() -> Callable[[], None]:
 
 
 class _Server:
-    """A qemu-nbd that ends with its first client; before that, with us.
+    """A qemu-nbd that ends with us, at the latest.
 
     socket -- where it listens, or soon will
     """
@@ -181,6 +182,12 @@ class _Server:
         self._image = image
         command = ["qemu-nbd", "--read-only", *options, f"--socket={self.socket}", "--", name]
         self._process = _start(command, preexec_fn=_ending_with_us())
+
+    def wait(self) -> None:
+        """Wait until the image is open, and so locked.  Raises as `check`, and OperationFailed."""
+        from ..nbd import attempt
+
+        attempt(self.socket, self._disk, self.check)
 
     def check(self) -> None:
         """Raises Busy or what `_failure` says if it has ended."""
@@ -221,6 +228,7 @@ class BitmapServer(_Server):
     def __init__(self, disk: str, image: str, bitmap: str, folder: Path) -> None:
         self._bitmap = bitmap
         name = image_name(image, backing=None)
+        # Without --persistent it ends with its first client.
         super().__init__(disk, image, [f"--bitmap={bitmap}"], name, folder)
 
     def _failure(self, said: str) -> CkptmgrError:
@@ -245,16 +253,23 @@ def serve(disk: str, image: str, bitmap: str) -> Iterator[BitmapServer]:
 
 
 @contextlib.contextmanager
-def serve_image(disk: str, image: str, *, chain: bool = True) -> Iterator[ImageServer]:
-    """Serve the content of a qcow2 image on a socket in a folder that only we can enter.
+def serve_image(
+    disk: str, image: str, driver: str = "qcow2", *, chain: bool = True
+) -> Iterator[ImageServer]:
+    """Serve the content of an image on a socket in a folder that only we can enter.
 
     The export has no name.  The server may fail after this has returned: `ImageServer.check`.
 
-    chain -- as it reads on its backing files; False: what the image holds itself, and zeroes
+    driver -- the format of the image
+    chain -- as it reads on its backing files; False: what the image holds itself, and zeroes, with
+             ``qemu:allocation-depth`` to tell them apart
     """
-    options = {} if chain else {"backing": None}
+    options = ["--persistent", "--shared=4"]
+    if not chain:
+        options.append("--allocation-depth")
+    name = image_name(image, driver, **({} if chain else {"backing": None}))
     with private_folder() as folder:
-        yield from _stopped(ImageServer(disk, image, [], image_name(image, **options), folder))
+        yield from _stopped(ImageServer(disk, image, options, name, folder))
 
 
 def _stopped(server: _ServerT) -> Iterator[_ServerT]:

@@ -21,6 +21,7 @@ from .request import (
     DeleteRequest,
     ReadDisk,
     ReadRequest,
+    ServeDisk,
     UndoRequest,
 )
 from .steps import (
@@ -30,6 +31,7 @@ from .steps import (
     CheckpointDelete,
     CheckpointPurge,
     CheckpointRedefine,
+    DataServed,
     Export,
     Plan,
     Quiesced,
@@ -41,23 +43,38 @@ from .steps import (
 
 
 def create(request: CreateRequest) -> Plan:
-    """Make a checkpoint; read the intervals of the disks that have a `since`."""
+    """Make a checkpoint; read the intervals of the disks that have a `since`; serve the data.
+
+    A request with no disks makes no checkpoint, and only serves.
+    """
     undo = undo_create(UndoRequest(request.name, request.redefinition, socket=request.socket))
     ending = [disk for disk in request.disks if disk.since is not None]
     begin: CheckpointCreate | BackupBegin
-    if not ending:
+    rest: list[Step] = []
+    finish: tuple[Step, ...] = ()
+    if not ending and not request.serve:
         begin = CheckpointCreate(request.document)
-        rest: tuple[Step, ...] = ()
     else:
         server = check_server(request.socket)
-        begin = BackupBegin(_backup(server, ending), request.document)
-        rest = (ReadMaps(server, _exports(server, ending)), BackupEnd(server))
+        document = request.document if request.disks else None
+        begin = BackupBegin(_backup(server, ending, request.serve), document)
+        finish = (BackupEnd(server),)
+        if ending:
+            rest.append(ReadMaps(server, _exports(server, ending)))
+        if request.serve:
+            names = tuple((disk.target, _export(server, disk.target)) for disk in request.serve)
+            rest.append(DataServed(server, names))
+        else:
+            rest += finish
+            finish = ()
     first: Step = begin if request.quiesce is None else Quiesced(begin, request.quiesce)
+    release = tuple(step for step in undo if isinstance(step, BackupEnd))
     return Plan(
         EngineName.LIBVIRT,
         steps=(first, *rest),
-        undo=undo,
-        release=tuple(step for step in undo if isinstance(step, BackupEnd)),
+        undo=undo if request.disks else release,
+        release=release,
+        finish=finish,
     )
 
 
@@ -183,7 +200,11 @@ def _exports(server: Server, disks: Iterable[CreateDisk | ReadDisk]) -> tuple[Ex
     )
 
 
-def _backup(server: Server, disks: Iterable[CreateDisk | ReadDisk]) -> str:
+def _backup(
+    server: Server,
+    disks: Iterable[CreateDisk | ReadDisk],
+    serve: Iterable[ServeDisk] = (),
+) -> str:
     """The document for virDomainBackupBegin (domainbackup.rng); disks not listed take no part.
 
         <domainbackup mode='pull'>
@@ -196,6 +217,8 @@ def _backup(server: Server, disks: Iterable[CreateDisk | ReadDisk]) -> str:
             </disk>
           </disks>
         </domainbackup>
+
+    A disk of which only the data is wanted has backupmode='full', and no bitmap.
 
     The scratch file is always named: without, libvirt would put it beside the image (or fail, for
     a disk that is listed: 9.0).  Over the network it is
@@ -211,22 +234,22 @@ def _backup(server: Server, disks: Iterable[CreateDisk | ReadDisk]) -> str:
     else:
         etree.SubElement(root, "server", transport="unix", socket=server)
     listed = etree.SubElement(root, "disks")
-    for disk in disks:
-        if disk.scratch is None:
-            raise OperationFailed(f"there is no place for a scratch file of disk {disk.target}")
-        element = etree.SubElement(
-            listed,
-            "disk",
-            name=disk.target,
-            backup="yes",
-            type="file",
-            backupmode="incremental",
-            incremental=disk.since or "",
-            exportname=_export(server, disk.target),
-            exportbitmap=_bitmap(disk.target),
-        )
+    ending = {disk.target: disk for disk in disks}
+    every = {disk.target: disk.scratch for disk in (*serve, *ending.values())}
+    for target, scratch in every.items():
+        if scratch is None:
+            raise OperationFailed(f"there is no place for a scratch file of disk {target}")
+        element = etree.SubElement(listed, "disk", name=target, backup="yes", type="file")
+        if target in ending:
+            element.set("backupmode", "incremental")
+            element.set("incremental", ending[target].since or "")
+        else:
+            element.set("backupmode", "full")
+        element.set("exportname", _export(server, target))
+        if target in ending:
+            element.set("exportbitmap", _bitmap(target))
         etree.SubElement(element, "driver", type="qcow2")
-        etree.SubElement(element, "scratch", file=disk.scratch)
+        etree.SubElement(element, "scratch", file=scratch)
     return to_text(root)
 
 

@@ -13,14 +13,15 @@ from typing import Any
 
 from ..checkpoint import EngineName
 from ..domain.disk import DiskLayers, Layer
-from ..errors import Busy, NodeUnknown
+from ..errors import Busy, NodeUnknown, OperationFailed
 from .checks import check_name_free, check_readable, check_socket, finest, top_layer
-from .request import CreateRequest, DeleteRequest, ReadRequest, UndoRequest
+from .request import CreateRequest, DeleteRequest, ReadRequest, ServeDisk, UndoRequest
 from .steps import (
     BitmapRef,
     BitmapsRemove,
     CheckpointDelete,
     CheckpointRedefine,
+    DataServed,
     Export,
     NbdExport,
     NbdStart,
@@ -29,6 +30,10 @@ from .steps import (
     Plan,
     Quiesced,
     ReadMaps,
+    Scratch,
+    ScratchAdd,
+    ScratchExport,
+    ScratchRemove,
     Server,
     Step,
     Transaction,
@@ -38,7 +43,12 @@ Action = Mapping[str, Any]
 
 
 def create(request: CreateRequest) -> Plan:
-    """Make a checkpoint; read the intervals of the disks that have a `since`."""
+    """Make a checkpoint; read the intervals of the disks that have a `since`; serve the data.
+
+    Data of the instant is served as libvirt does it: a qcow2 file over the disk's own node takes
+    what the guest overwrites (blockdev-backup with sync=none, in the same transaction), and is
+    exported.
+    """
     check_name_free(request)
     copies = [
         _Copy(disk.target, disk.since, disk.layers)
@@ -58,17 +68,24 @@ def create(request: CreateRequest) -> Plan:
     told: tuple[Step, ...] = ()
     if request.tell_libvirt:
         told = (CheckpointRedefine(request.name, request.redefinition),)
-    before, at_once, after = _reading(request.socket, copies)
+    if request.serve:
+        before, at_once, after, finish = _serving(request, copies)
+    else:
+        before, at_once, after = _reading(request.socket, copies)
+        finish = ()
     instant = Transaction((*actions, *at_once))
     undo = undo_create(
         UndoRequest(
             request.name,
             request.redefinition,
             tuple(disk.layers for disk in request.disks if disk.layers is not None),
-            request.socket if copies else None,
+            request.socket if copies or request.serve else None,
             request.tell_libvirt,
         )
     )
+    release = _release(request.socket, copies)
+    if request.serve:
+        release = (NbdStop(check_socket(request.socket)), ScratchRemove(), *release)
     return Plan(
         EngineName.MONITOR,
         steps=(
@@ -78,7 +95,8 @@ def create(request: CreateRequest) -> Plan:
             *told,
         ),
         undo=undo,
-        release=_release(request.socket, copies),
+        release=release,
+        finish=finish,
     )
 
 
@@ -88,7 +106,7 @@ def undo_create(request: UndoRequest) -> tuple[Step, ...]:
     if request.told_libvirt:
         steps.append(CheckpointDelete(request.name, metadata_only=True, missing_ok=True))
     if isinstance(request.socket, str):
-        steps.append(NbdStop(request.socket))
+        steps += [NbdStop(request.socket), ScratchRemove()]
     refs: list[BitmapRef] = []
     for disk in request.disks:
         top = top_layer(disk.target, disk)
@@ -210,6 +228,53 @@ def _reading(
         BitmapsRemove(tuple(copy.copy for copy in copies)),
     )
     return before, [action for copy in copies for action in copy.actions()], after
+
+
+def _serving(
+    request: CreateRequest, copies: list[_Copy]
+) -> tuple[tuple[Step, ...], list[Action], tuple[Step, ...], tuple[Step, ...]]:
+    """As `_reading`, with the data of disks; fourth, what is done when that was read."""
+    path = check_socket(request.socket)
+    scratches = tuple(_scratch(disk) for disk in request.serve)
+    before: list[Step] = []
+    stale = tuple(copy.copy for copy in copies if copy.stale)
+    if stale:  # a read that was killed
+        before += [NbdStop(path), BitmapsRemove(stale, missing_ok=True)]
+    before += [NbdStart(path), ScratchAdd(scratches)]
+    actions = [action for copy in copies for action in copy.actions()]
+    actions += [
+        {
+            "type": "blockdev-backup",
+            "data": {
+                "job-id": scratch.name,
+                "device": scratch.node,
+                "target": scratch.name,
+                "sync": "none",
+            },
+        }
+        for scratch in scratches
+    ]
+    after: list[Step] = [ScratchExport(scratches)]
+    if copies:
+        exports = tuple(NodeExport(copy.export, copy.node) for copy in copies)
+        after += [NbdExport(exports), ReadMaps(path, tuple(item.export for item in exports))]
+    after.append(DataServed(path, tuple((each.disk, each.name) for each in scratches)))
+    finish: list[Step] = [NbdStop(path), ScratchRemove()]
+    if copies:
+        finish.append(BitmapsRemove(tuple(copy.copy for copy in copies)))
+    return tuple(before), actions, tuple(after), tuple(finish)
+
+
+def scratch_name(target: str) -> str:
+    """Name of the node over a disk's own, of its export and of the job that fills it."""
+    return f"ckptmgr-scratch-{target}"  # QEMU's limit for node names is 31 characters
+
+
+def _scratch(disk: ServeDisk) -> Scratch:
+    if disk.scratch is None:
+        raise OperationFailed(f"there is no place for a scratch file of disk {disk.target}")
+    node = node_of(disk.target, top_layer(disk.target, disk.layers))
+    return Scratch(disk.target, node, disk.scratch, scratch_name(disk.target))
 
 
 def _release(socket: Server | None, copies: list[_Copy]) -> tuple[Step, ...]:

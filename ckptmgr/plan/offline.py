@@ -11,12 +11,21 @@ from ..checkpoint import EngineName
 from ..domain.disk import DiskLayers, Layer
 from ..errors import InvalidRequest, Unsupported
 from .checks import check_name_free, check_readable, top_layer
-from .request import CreateDisk, CreateRequest, DeleteRequest, ReadRequest, UndoRequest
+from .request import (
+    CreateDisk,
+    CreateRequest,
+    DeleteRequest,
+    ReadRequest,
+    ServeDisk,
+    UndoRequest,
+)
 from .steps import (
     CheckpointDelete,
     CheckpointRedefine,
     ImageBitmap,
     ImagesCheck,
+    ImagesRelease,
+    ImagesServe,
     Plan,
     ReadImageMap,
     Step,
@@ -24,7 +33,10 @@ from .steps import (
 
 
 def create(request: CreateRequest) -> Plan:
-    """Make a checkpoint; read the intervals of the disks that have a `since`."""
+    """Make a checkpoint; read the intervals of the disks that have a `since`; serve the data.
+
+    A request with no disks makes no checkpoint, and only serves.
+    """
     if request.quiesce is not None:
         raise InvalidRequest(
             "a domain that does not run has no guest agent to quiesce it", hint="leave it out"
@@ -36,8 +48,13 @@ def create(request: CreateRequest) -> Plan:
         if disk.since is not None and disk.layers is not None:
             reads += _reads(disk.target, disk.since, disk.layers)
     told: tuple[Step, ...] = ()
-    if request.tell_libvirt:
+    if request.tell_libvirt and request.disks:
         told = (CheckpointRedefine(request.name, request.redefinition),)
+    serve: tuple[Step, ...] = ()
+    finish: tuple[Step, ...] = ()
+    if request.serve:
+        serve = (ImagesServe(tuple(_served(disk) for disk in request.serve)),)
+        finish = (ImagesRelease(),)
     return Plan(
         EngineName.OFFLINE,
         steps=(
@@ -48,16 +65,30 @@ def create(request: CreateRequest) -> Plan:
             ),
             *reads,
             *told,
+            *serve,
         ),
-        undo=undo_create(
+        finish=finish,
+        undo=finish
+        + undo_create(
             UndoRequest(
                 request.name,
                 request.redefinition,
                 tuple(disk.layers for disk in request.disks if disk.layers is not None),
-                told_libvirt=request.tell_libvirt,
+                told_libvirt=bool(told),
             )
         ),
+        release=finish,
     )
+
+
+def _served(disk: ServeDisk) -> tuple[str, str, str]:
+    if disk.image is None or disk.format is None:
+        raise Unsupported(
+            f"disk {disk.target} cannot be read while the domain does not run: it has no image "
+            "on this machine whose format is known",
+            hint="start the domain",
+        )
+    return disk.target, disk.image, disk.format
 
 
 def undo_create(request: UndoRequest) -> tuple[Step, ...]:

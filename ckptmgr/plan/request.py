@@ -2,7 +2,8 @@
 
 The three planner modules (libvirt, monitor, offline) have the same four functions:
 
-    create(CreateRequest) -> Plan              make a checkpoint, read the intervals that it ends
+    create(CreateRequest) -> Plan              make a checkpoint, read the intervals that it ends,
+                                               serve what the disks are at that instant
     delete(DeleteRequest) -> Plan              remove a checkpoint's bitmaps and metadata
     read(ReadRequest) -> Plan                  read "since ... until now" from recording bitmaps
     undo_create(UndoRequest) -> (Step, ...)    take back a create, complete or not, at any time
@@ -41,6 +42,21 @@ class CreateDisk:
 
 
 @dataclass(frozen=True)
+class ServeDisk:
+    """A disk whose data, as of the instant of a checkpoint, is to be served over NBD.
+
+    image, format -- its top image on this machine, for the offline engine; None: it has no path
+    scratch -- path on the hypervisor of a file for what is overwritten meanwhile
+    """
+
+    target: str
+    image: str | None = None
+    format: str | None = None
+    layers: DiskLayers | None = None
+    scratch: str | None = None
+
+
+@dataclass(frozen=True)
 class CreateRequest:
     """A checkpoint to make.
 
@@ -51,6 +67,7 @@ class CreateRequest:
               engine an address; None where no map can be read (then no disk has a `since`)
     tell_libvirt -- whether libvirt is told of a checkpoint that another engine makes
     quiesce -- seconds for the guest agent to freeze and thaw; None: not to be asked
+    serve -- disks whose data is to be served until the plan's `finish`
     """
 
     name: str
@@ -60,6 +77,7 @@ class CreateRequest:
     socket: Server | None = None
     tell_libvirt: bool = False
     quiesce: float | None = None
+    serve: tuple[ServeDisk, ...] = ()
 
 
 @dataclass(frozen=True)

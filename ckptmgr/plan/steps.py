@@ -232,7 +232,65 @@ class NbdStop:
         return "qmp: stop the NBD server"
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """A disk's data as of an instant: a node over the disk's own, with what the guest overwrites.
+
+    node -- of the disk's top image; file -- where it is kept; name -- of the new node
+    """
+
+    disk: str
+    node: str
+    file: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ScratchAdd:
+    """Make qcow2 files as large as the disks, by QEMU itself, and nodes over the disks' own."""
+
+    disks: tuple[Scratch, ...]
+
+    def __str__(self) -> str:
+        return f"qmp: add scratch files for {', '.join(each.disk for each in self.disks)}"
+
+
+@dataclass(frozen=True)
+class ScratchExport:
+    """block-export-add of each scratch node."""
+
+    disks: tuple[Scratch, ...]
+
+    def __str__(self) -> str:
+        return f"qmp: export the data of {', '.join(each.disk for each in self.disks)} by NBD"
+
+
+@dataclass(frozen=True)
+class ScratchRemove:
+    """End all jobs that write into scratch files of ours, and remove their nodes.
+
+    Where there are none, there is nothing to do.
+    """
+
+    def __str__(self) -> str:
+        return "qmp: end the backup jobs and remove their scratch nodes"
+
+
 # --- NBD -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataServed:
+    """From here on the disks' data can be read: where, for whoever runs the plan.
+
+    exports -- (disk, name of the export) each
+    """
+
+    socket: Server
+    exports: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return f"nbd: the data of {', '.join(disk for disk, _ in self.exports)} is served"
 
 
 @dataclass(frozen=True)
@@ -298,6 +356,27 @@ class ReadImageMap:
         return f"qemu-nbd: read bitmap {self.bitmap} of {self.disk} from {self.image}"
 
 
+@dataclass(frozen=True)
+class ImagesServe:
+    """Serve images by qemu-nbd, read-only, all of them locked before any is read.
+
+    images -- (disk, path, format) each
+    """
+
+    images: tuple[tuple[str, str, str], ...]
+
+    def __str__(self) -> str:
+        return f"qemu-nbd: serve the data of {', '.join(disk for disk, _, _ in self.images)}"
+
+
+@dataclass(frozen=True)
+class ImagesRelease:
+    """End what `ImagesServe` began; where there is nothing, there is nothing to do."""
+
+    def __str__(self) -> str:
+        return "qemu-nbd: end"
+
+
 # --- guest agent -----------------------------------------------------------------------------
 
 
@@ -344,6 +423,12 @@ Step = (
     | NbdExport
     | NbdStop
     | ReadMaps
+    | DataServed
+    | ScratchAdd
+    | ScratchExport
+    | ScratchRemove
+    | ImagesServe
+    | ImagesRelease
     | ImagesCheck
     | ImageBitmap
     | ReadImageMap
@@ -362,6 +447,7 @@ class Plan:
                temporary bitmaps).  To be run instead of `undo` when the steps failed with
                CheckpointExists: the bitmaps of that name are then somebody else's
     notes -- what the user should know: disks left out and why, a choice made
+    finish -- to be run after `steps` when the data that they serve was read: ends what serves it
     """
 
     engine: EngineName
@@ -369,7 +455,8 @@ class Plan:
     undo: tuple[Step, ...] = ()
     release: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()
+    finish: tuple[Step, ...] = ()
 
     def lines(self) -> list[str]:
         """The plan for people, a line a step."""
-        return [str(step) for step in self.steps]
+        return [str(step) for step in (*self.steps, *self.finish)]

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ..align import AlignedDisk, DiskRequest, align_disks
 from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State, check_name
@@ -13,20 +14,25 @@ from ..dirtymap import DirtyMap
 from ..document import format_libvirt, format_request
 from ..domain.disk import Disk, DiskLayers
 from ..domain.known import is_known, known_names, known_time
+from ..domain.power import is_running
 from ..errors import BitmapBroken, CheckpointExists, CkptmgrError, InvalidRequest
 from ..history import History
 from ..plan import planner
 from ..plan.libvirt import DISCARD
-from ..plan.request import CreateDisk, CreateRequest, UndoRequest
-from ..plan.steps import ImagesCheck, Plan
+from ..plan.request import CreateDisk, CreateRequest, ServeDisk, UndoRequest
+from ..plan.steps import ImagesCheck, Plan, Server
 from ..store import Intent, Loaded
 from ..trust import doubt
 from ..views import CheckpointView
 from . import archive, projection
 from .listing import view
+from .pausing import go_on, stand_still
 from .session import Session, Workspace
 
 log = logging.getLogger("ckptmgr")
+
+Served = Mapping[str, tuple[Server, str]]
+"""Where the data of disks can be read: by target, the server and the name of the export."""
 
 NOT_READ = "the bitmap of {since} was missing or broken when {name} was made"
 
@@ -39,6 +45,31 @@ class Request:
     description: str | None
     disks: tuple[DiskRequest, ...]
     quiesce: bool
+
+
+class Copying(Protocol):
+    """Something that wants the data of disks as it is at the instant of a checkpoint.
+
+    point -- id of the restore point that the checkpoint is to carry
+    targets -- the disks whose data is wanted
+    pause -- whether the guest is to stand still for that instant
+    """
+
+    point: str
+    targets: tuple[str, ...]
+    pause: bool
+
+    def copy(self, history: History, checkpoint: Checkpoint, served: Served) -> None:
+        """Read the data, and make the copy durable.
+
+        history -- with the checkpoint in it, which is not recorded yet
+        served -- where each disk's data is to be had, until this returns
+        """
+        ...
+
+    def commit(self) -> None:
+        """Make the restore point exist."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,14 +89,16 @@ def create(session: Session, request: Request) -> CheckpointView:
         return create_under_lock(session, loaded, request)
 
 
-def create_under_lock(session: Session, loaded: Loaded, request: Request) -> CheckpointView:
+def create_under_lock(
+    session: Session, loaded: Loaded, request: Request, copying: Copying | None = None
+) -> CheckpointView:
     """Make a checkpoint; the lock is held."""
     with session.workspace() as workspace:
-        creation = prepare(session, loaded, request, workspace)
+        creation = prepare(session, loaded, request, workspace, copying=copying)
         for disk in creation.checkpoint.disks:
             if disk.bitmap is None:
                 log.warning("disk %s is not tracked: %s", disk.name, disk.reason)
-        checkpoint = _run(session, loaded, request, creation, workspace)
+        checkpoint = _run(session, loaded, request, creation, workspace, copying)
         history = loaded.history.add(checkpoint)
         _tidy(session, history, checkpoint)
         history = _archive_old(session, history, loaded)
@@ -128,10 +161,13 @@ def prepare(
     request: Request,
     workspace: Workspace,
     unreadable: frozenset[str] = frozenset(),
+    *,
+    copying: Copying | None = None,
 ) -> Creation:
     """Everything that can be refused is refused here, before anything is touched.
 
     unreadable -- disks whose recording bitmap turned out to be missing or broken
+    copying -- what wants the data of that instant
     """
     engine = session.choice.engine
     now = int(time.time())
@@ -164,6 +200,7 @@ def prepare(
         ),
         description=request.description,
         domain_xml=session.definition(),
+        point=None if copying is None else copying.point,
     )
     asked = CreateRequest(
         name=name,
@@ -173,6 +210,7 @@ def prepare(
         socket=workspace.address if engine is not EngineName.OFFLINE else None,
         tell_libvirt=session.tells_libvirt,
         quiesce=session.settings.freeze_timeout if request.quiesce else None,
+        serve=() if copying is None else serve_disks(session, copying.targets, workspace),
     )
     plan = planner(engine).create(asked)
     if engine is EngineName.LIBVIRT:
@@ -185,8 +223,31 @@ def prepare(
     return Creation(checkpoint, replace(plan, notes=(*plan.notes, *notes)))
 
 
+def serve_disks(
+    session: Session, targets: Iterable[str], workspace: Workspace
+) -> tuple[ServeDisk, ...]:
+    """What the planners need to know to serve the data of disks."""
+    layers = session.layers(session.choice.engine)
+    disks = {disk.target: disk for disk in session.disks}
+    return tuple(
+        ServeDisk(
+            target,
+            image=disks[target].top.path,
+            format=disks[target].top.format,
+            layers=layers.get(target),
+            scratch=workspace.scratch(target),
+        )
+        for target in targets
+    )
+
+
 def _run(
-    session: Session, loaded: Loaded, request: Request, creation: Creation, workspace: Workspace
+    session: Session,
+    loaded: Loaded,
+    request: Request,
+    creation: Creation,
+    workspace: Workspace,
+    copying: Copying | None,
 ) -> Checkpoint:
     """Run the plan and record the checkpoint, or leave everything as it was.
 
@@ -195,7 +256,7 @@ def _run(
     unreadable: frozenset[str] = frozenset()
     while True:
         try:
-            return _attempt(session, loaded, creation)
+            return _attempt(session, loaded, creation, copying)
         except BitmapBroken as error:
             asked = replace(request, name=creation.checkpoint.name)
             broken = frozenset({error.disk} if error.disk else _ended(creation.checkpoint))
@@ -204,26 +265,41 @@ def _run(
             unreadable |= broken
             for disk in sorted(broken):
                 log.warning("what changed on %s before this checkpoint is unknown: %s", disk, error)
-            creation = prepare(session.renewed(), loaded, asked, workspace, unreadable)
+            creation = prepare(
+                session.renewed(), loaded, asked, workspace, unreadable, copying=copying
+            )
 
 
 def _ended(checkpoint: Checkpoint) -> set[str]:
     return {disk.name for disk in checkpoint.disks if disk.interval is not None}
 
 
-def _attempt(session: Session, loaded: Loaded, creation: Creation) -> Checkpoint:
+def _attempt(
+    session: Session, loaded: Loaded, creation: Creation, copying: Copying | None
+) -> Checkpoint:
     checkpoint, plan = creation.checkpoint, creation.plan
     engine = session.engine(plan.engine)
     # An image that is in use could not be rid of a bitmap, either: refuse it before the intent.
     engine.run([step for step in plan.steps if isinstance(step, ImagesCheck)])
     session.store.write_intent(intent(session, creation))
     try:
-        outcome = engine.run(plan.steps)
+        if copying is not None and copying.pause and is_running(session.adapter):
+            loaded = stand_still(session, loaded)
+            try:
+                outcome = engine.run(plan.steps)
+            finally:
+                loaded = go_on(session, loaded)
+        else:
+            outcome = engine.run(plan.steps)
         if plan.engine is EngineName.LIBVIRT:
             # It takes the time itself; its document and ours are to say the same.
             checkpoint = replace(checkpoint, created=known_time(session.adapter, checkpoint.name))
         maps = grown(loaded.history, checkpoint, outcome.maps)
         recorded = with_maps(checkpoint, session.store.save_maps, maps)
+        if copying is not None:
+            copying.copy(loaded.history.add(recorded), recorded, outcome.served)
+            engine.run(plan.finish)
+            copying.commit()
         session.store.save_checkpoint(recorded)
         session.commit_current(loaded.history.add(recorded), loaded.record)
     except BaseException as error:

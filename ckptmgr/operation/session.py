@@ -72,6 +72,10 @@ class Workspace:
         found = self.folder.glob(f"{self.prefix}*")
         return tuple(sorted(path for path in found if path.suffix in (".sock", ".scratch")))
 
+    def scratch_files(self) -> tuple[Path, ...]:
+        """The scratch files that are there."""
+        return tuple(path for path in self.files() if path.suffix == ".scratch")
+
     def clear(self) -> None:
         """Remove what is there.  Raises Unsupported where the folder cannot be used."""
         try:
@@ -269,12 +273,12 @@ class Session:
             self.engine(EngineName.LIBVIRT).run((BackupEnd(space.server),))
         if space.files() and space.socket is not None and self.active:
             from ..engine.monitor import listening
-            from ..plan.steps import BackupEnd, NbdStop
+            from ..plan.steps import BackupEnd, NbdStop, ScratchRemove
 
             self.engine(EngineName.LIBVIRT).run((BackupEnd(space.socket),))
-            if listening(space.socket):
-                # Not libvirt's server, so it was made through the monitor.
-                self.engine(EngineName.MONITOR).run((NbdStop(space.socket),))
+            if listening(space.socket) or space.scratch_files():
+                # Not libvirt's, whose job takes its files along: made through the monitor.
+                self.engine(EngineName.MONITOR).run((NbdStop(space.socket), ScratchRemove()))
         space.clear()
 
     def require_writable(self) -> None:

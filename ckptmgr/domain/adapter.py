@@ -348,6 +348,15 @@ class DomainAdapter:
         except CkptmgrError as error:
             log.info("%s", error)
 
+    def has_agent(self) -> bool:
+        """Whether the running domain's guest agent is connected."""
+        root = parse(self._xml(), what="the domain's XML")
+        channels = root.iterfind("devices/channel/target")
+        return any(
+            target.get("name") == _AGENT_CHANNEL and target.get("state") == "connected"
+            for target in channels
+        )
+
     def _require_agent(self) -> None:
         hint = "install and start qemu-guest-agent in the guest, or leave --quiesce out"
         if not self.active():

@@ -52,6 +52,16 @@ def sized(session: Session, name: str, disks: tuple[DiskView, ...]) -> tuple[Dis
     )
 
 
+def between(
+    session: Session, history: History, target: str, start: str, end: str, size: int
+) -> DiskDiff:
+    """What changed on one disk between two checkpoints of `history`, a disk of `size` bytes now.
+
+    `history` may have a checkpoint that is not recorded yet, if its maps are.
+    """
+    return _answer(session, history, closed(history, target, start, end), size, {})
+
+
 def _until_now(session: Session, start: str) -> tuple[DiskDiff, ...]:
     with session.locked() as loaded:
         history = loaded.history

@@ -1,0 +1,166 @@
+"""One disk of a new restore point: its image and the digests of what that holds.
+
+It is fed with blocks in the order of the disk, and keeps of them what differs from the point that
+it stands on, by the digests: what was written with what was there before costs nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import zstandard
+from pyroaring import BitMap64
+
+from .block import BLOCK, ZERO
+from .copying import Chunk
+from .digests import Digests, DigestWriter, effective, held
+from .failure import failing
+from .qcow2 import Qcow2Writer
+
+LEVEL = 3
+"""Of zstd, its own default."""
+
+_SAME = "same"
+_ZEROES = "zeroes"
+_DATA = "data"
+_FRAME = "frame"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What becomes of one block.
+
+    kind -- same (as below: nothing), zeroes, data, frame (compressed)
+    """
+
+    kind: str
+    digest: bytes
+    frame: bytes = b""
+
+
+class Layer:
+    """A `Reader` that writes an image and its digests; whole and durable after `close`.
+
+    image, digests -- the files to write
+    size -- of the disk, in bytes
+    backing -- the backing file as the image names it, lower -- its digests and those below it, top
+               first; None and none for a full image
+    compress -- write what gets smaller as zstd
+
+    Raises RepositoryFailed where a file cannot be written.
+    """
+
+    def __init__(
+        self,
+        image: Path,
+        digests: Path,
+        size: int,
+        *,
+        backing: str | None = None,
+        lower: Sequence[Digests] = (),
+        compress: bool = False,
+    ) -> None:
+        self._path = image
+        self._size = size
+        self._lower = tuple(lower)
+        self._compress = compress
+        self._asking = threading.Lock()  # Digests read ahead
+        self._local = threading.local()
+        self._below = BitMap64()
+        for part in held(self._lower):
+            self._below |= part.data
+        with failing(image, "cannot be written"):
+            self._image = Qcow2Writer(image, size, backing=backing, compressed=compress)
+        try:
+            self._digests = DigestWriter(digests, size)
+        except BaseException:
+            self._image.abandon()
+            raise
+
+    # --- blocks ------------------------------------------------------------------------------
+
+    def prepare(self, chunk: Chunk) -> list[Kept]:
+        """See what differs, and compress it."""
+        found = chunk.digests()
+        with self._asking:
+            known = [effective(self._lower, chunk.first + index) for index in range(len(found))]
+        return [
+            self._kept(data, now, before)
+            for (_, data), now, before in zip(chunk.blocks(), found, known, strict=True)
+        ]
+
+    def _kept(self, data: memoryview, now: bytes, before: bytes) -> Kept:
+        if now == before:
+            return Kept(_SAME, now)
+        if now == ZERO:
+            return Kept(_ZEROES, now)
+        if self._compress and len(data) == BLOCK:
+            frame = self._compressor.compress(data)
+            if len(frame) < BLOCK:
+                return Kept(_FRAME, now, frame)
+        return Kept(_DATA, now)
+
+    @property
+    def _compressor(self) -> zstandard.ZstdCompressor:
+        found: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
+        if found is None:  # one a thread: they keep a state
+            found = self._local.compressor = zstandard.ZstdCompressor(level=LEVEL)
+        return found
+
+    def take(self, chunk: Chunk, prepared: list[Kept]) -> None:
+        """Write what differs."""
+        index = 0
+        with failing(self._path, "cannot be written"):
+            for kind, group in groupby(prepared, key=lambda kept: kept.kind):
+                run = list(group)
+                first = chunk.first + index
+                if kind == _ZEROES:
+                    self._image.zero(first, len(run))
+                elif kind == _FRAME:
+                    self._image.write_compressed(first, [kept.frame for kept in run])
+                elif kind == _DATA:
+                    data = chunk.data[index * BLOCK : (index + len(run)) * BLOCK]
+                    self._image.write(first, data)
+                if kind != _SAME:
+                    for number, kept in enumerate(run, first):
+                        self._digests.add(number, kept.digest)
+                index += len(run)
+
+    def zero(self, first: int, count: int) -> None:
+        """Keep what is zero now and was not below."""
+        with failing(self._path, "cannot be written"):
+            for begin, length in self._data_below(first, first + count):
+                self._image.zero(begin, length)
+                self._digests.zero(begin, length)
+
+    def _data_below(self, first: int, past: int) -> Iterator[tuple[int, int]]:
+        """Runs of blocks from `first` up to `past` that are not zero below."""
+        begin = end = -1
+        for number in self._below.iter_equal_or_larger(first):
+            if number >= past:
+                break
+            if number != end:
+                if end > begin:
+                    yield begin, end - begin
+                begin = number
+            end = number + 1
+        if end > begin:
+            yield begin, end - begin
+
+    # --- the end -----------------------------------------------------------------------------
+
+    def close(self) -> int:
+        """Make both files whole and durable; returns the size of the image file in bytes."""
+        with failing(self._path, "cannot be written"):
+            size = self._image.close()
+        self._digests.close()
+        return size
+
+    def abandon(self) -> None:
+        """Remove both files, as far as they are not whole."""
+        self._image.abandon()
+        self._digests.abandon()

@@ -629,6 +629,14 @@ def test_another_tool_s_checkpoint_between_ours_does_not_make_a_parent_wrong() -
     assert codes(seen) == ["libvirt-only"]
 
 
+@pytest.mark.parametrize("above", [None, "c0"])
+def test_a_checkpoint_that_is_to_go_from_libvirt_s_list_is_nobody_s_parent(
+    above: str | None,
+) -> None:
+    known = (Known("c0", None, frozenset(DISKS)), replace(FITS.known[1], parent=above))
+    assert codes(projected(GONE, known=(*known, FITS.known[2]))) == ["libvirt-stale"]
+
+
 def test_a_disk_that_was_taken_out_is_no_mismatch() -> None:
     seen = replace(FITS, disks=(disk("vda"),), layers={"vda": DiskLayers("vda", ())})
     assert codes(seen) == []

@@ -33,6 +33,18 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
+class DiskImage:
+    """The top image that a disk had.
+
+    format -- as the domain gives it: what the guest wrote must never be taken for a qcow2
+    """
+
+    target: str
+    path: str
+    format: str | None = None
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """One snapshot.
 
@@ -41,7 +53,7 @@ class Snapshot:
     memory -- whether and where the memory is kept
     disks -- by target; what the snapshot does not list is not in it
     marker -- the domain's marker when the snapshot was taken, None if it had none
-    images -- by target, the local files of the disks that the domain had then
+    images -- the local files of the disks that the domain had then
     definition -- whether it has the domain's definition: libvirt reverts to none without
     """
 
@@ -53,7 +65,7 @@ class Snapshot:
     memory: Kind = Kind.NO
     disks: tuple[tuple[str, Kind], ...] = ()
     marker: Marker | None = None
-    images: tuple[tuple[str, str], ...] = ()
+    images: tuple[DiskImage, ...] = ()
     definition: bool = True
 
     @property
@@ -101,15 +113,17 @@ def _kind(text: str | None) -> Kind:
     return Kind(text) if text in list(Kind) else Kind.NO
 
 
-def _images(root: etree._Element) -> Iterator[tuple[str, str]]:
+def _images(root: etree._Element) -> Iterator[DiskImage]:
     for disk in root.iterfind("domain/devices/disk"):
         target, source = disk.find("target"), disk.find("source")
+        driver = disk.find("driver")
         # A medium that is missing is for libvirt's startupPolicy to judge.
         kept = disk.get("device", "disk") in ("disk", "lun")
         if kept and target is not None and source is not None:
             path = source.get("file") or source.get("dev")
             if path:
-                yield str(target.get("dev")), path
+                form = None if driver is None else driver.get("type")
+                yield DiskImage(str(target.get("dev")), path, form)
 
 
 def _marker(root: etree._Element) -> Marker | None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ckptmgr.errors import InvalidDocument, InvalidRequest
 from ckptmgr.marker import Marker
 from ckptmgr.snapshot import (
+    DiskImage,
     Kind,
     check_snapshot_name,
     format_snapshot,
@@ -21,7 +22,8 @@ MARKER = "<ckptmgr:current xmlns:ckptmgr='urn:ckptmgr:1' checkpoint='c1' generat
 DOMAIN = """
 <{tag} type='kvm'><name>web</name><metadata>{marker}</metadata>
  <devices>
-  <disk type='file' device='disk'><source file='/img/a.qcow2'/><target dev='vda'/></disk>
+  <disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
+   <source file='/img/a.qcow2'/><target dev='vda'/></disk>
   <disk type='block' device='disk'><source dev='/dev/vg/b'/><target dev='vdb'/></disk>
   <disk type='file' device='cdrom'><source file='/iso/x.iso'/><target dev='sda'/></disk>
   <disk type='network' device='disk'><source protocol='rbd' name='p/i'/><target dev='vdc'/></disk>
@@ -61,7 +63,10 @@ def test_what_a_snapshot_says_is_read() -> None:
 
 
 def test_the_disks_of_then_are_those_with_local_images_without_media() -> None:
-    assert parse_snapshot(document()).images == (("vda", "/img/a.qcow2"), ("vdb", "/dev/vg/b"))
+    assert parse_snapshot(document()).images == (
+        DiskImage("vda", "/img/a.qcow2", "qcow2"),
+        DiskImage("vdb", "/dev/vg/b"),
+    )
 
 
 def test_a_marker_that_only_the_inactive_definition_has_counts() -> None:

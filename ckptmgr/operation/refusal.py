@@ -7,13 +7,14 @@ from pathlib import Path
 
 from ..checkpoint import EngineName
 from ..domain.disk import DiskLayers
-from ..domain.images import internal_snapshots, read_chain, read_header
+from ..domain.images import internal_snapshots
 from ..domain.job import backup_job, block_jobs
 from ..domain.known import known_names
 from ..domain.snapshots import reverts_external
 from ..errors import Busy, InvalidRequest, Unsupported
 from ..snapshot import Kind, Snapshot
 from ..store import Loaded
+from . import returning
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
@@ -26,7 +27,8 @@ def refuse(session: Session, loaded: Loaded, snapshot: Snapshot) -> None:
     """
     _stack(session, snapshot)
     _disks(session, snapshot)
-    _elsewhere(session, snapshot)
+    for image in returning.returning(session, snapshot):
+        returning.refuse(session, loaded.history, image)
     if session.active:
         _jobs(session)
     ours = frozenset(loaded.history.checkpoints)
@@ -81,7 +83,8 @@ def _disks(session: Session, snapshot: Snapshot) -> None:
     kinds = dict(snapshot.disks)
     if kinds and all(kind is Kind.NO for kind in kinds.values()):
         raise Unsupported(f"snapshot {snapshot.name!r} of domain {name!r} holds no disk")
-    for target, path in snapshot.images:
+    for image in snapshot.images:
+        target, path = image.target, image.path
         try:
             Path(path).stat()
             held = internal_snapshots(path)
@@ -96,7 +99,7 @@ def _disks(session: Session, snapshot: Snapshot) -> None:
                 f"the image {path} of disk {target} does not hold snapshot {snapshot.name!r} of "
                 f"domain {name!r}: it is another image, or the snapshot was deleted from it"
             )
-    then = {target for target, _ in snapshot.images}
+    then = {image.target for image in snapshot.images}
     for disk in session.disks:
         if not disk.empty and disk.target not in then:
             log.warning(
@@ -125,19 +128,3 @@ def _layers(session: Session) -> dict[str, DiskLayers]:
     A bitmap that only QEMU knows would cost the domain its life; a taint costs less.
     """
     return session.layers(EngineName.MONITOR if session.active else EngineName.OFFLINE)
-
-
-def _elsewhere(session: Session, snapshot: Snapshot) -> None:
-    """Images that come back with the revert, and are no disks now, have no bitmaps."""
-    now = {image.path for disk in session.disks for image in disk.chain}
-    for target, path in snapshot.images:
-        if path in now or read_header(path) is None:
-            continue
-        for layer in read_chain(path, "qcow2"):
-            for bitmap in layer.bitmaps:
-                raise Unsupported(
-                    f"the image {layer.image}, which comes back as disk {target} of domain "
-                    f"{session.adapter.name!r}, has a bitmap {bitmap.name!r}, and QEMU reverts "
-                    "no image that has a bitmap",
-                    hint=f"remove it: qemu-img bitmap --remove {path} {bitmap.name}",
-                )

@@ -19,16 +19,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from ..align import align_disks
 from ..branch import Tails, resolve, reverted_interval, ways_out
-from ..checkpoint import Checkpoint, CheckpointDisk, Interval, State
+from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
 from ..dirtymap import DirtyMap
 from ..document import format_libvirt
 from ..domain import snapshots
+from ..domain.disk import DiskLayers
 from ..domain.power import Standstill, is_running, standstill
 from ..errors import BitmapBroken, CkptmgrError, Unsupported
 from ..history import History
@@ -41,6 +42,7 @@ from . import archive, creation
 from .difference import read_bitmaps
 from .pausing import go_on, stand_still
 from .refusal import refuse
+from .returning import read, removal, returning
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
@@ -87,11 +89,13 @@ def plan_revert(session: Session, request: Request) -> Plan:
     steps: list[Step] = []
     if session.active and is_running(session.adapter):
         steps.append(Direct("libvirt: pause the domain"))
-    trackers = _trackers(session, history)
+    trackers = _trackers(history, (disk.target for disk in session.disks))
     if trackers:
         shown = ", ".join(f"{target} since {name}" for target, name in trackers.items())
         steps.append(Direct(f"keep what was written: {shown}"))
     steps += archive.removal(session, history, _bitmaps(history))
+    for image in returning(session, snapshot):
+        steps += removal(session, image)
     state = "paused" if paused else "as it was then"
     steps.append(Direct(f"libvirt: revert to snapshot {snapshot.name}, {state}"))
     under = f"under {parent}" if parent else "as a new root"
@@ -130,16 +134,18 @@ def _intent(
 ) -> Intent:
     """Read and keep what would be lost; say in the intent how to go on without it."""
     history = loaded.history
-    tails = _tails(session, history)
+    images = returning(session, snapshot)
+    tails = _tails(session, history, images)
     staying = frozenset(target for target, kind in snapshot.disks if kind is Kind.NO)
     intervals: dict[str, dict[str, str | None]] = {}
-    for disk in session.disks:
-        if disk.target in staying:
-            interval = _of_present_line(history, tails, disk.target)
+    targets = (*(disk.target for disk in session.disks), *(image.target for image in images))
+    for target in dict.fromkeys(targets):
+        if target in staying:
+            interval = _of_present_line(history, tails, target)
         else:
-            interval = _of_snapshot(session, loaded, tails, disk.target, parent)
+            interval = _of_snapshot(session, loaded, tails, target, parent)
         if interval is not None:
-            intervals[disk.target] = {
+            intervals[target] = {
                 "since": interval.since,
                 "map": interval.map,
                 "reason": interval.reason,
@@ -156,7 +162,6 @@ def _intent(
             "left": history.current,
             "tails": tails,
             "intervals": intervals,
-            "redefinition": _document(session, name),
             "run": runs,
             "paused": paused,
             "resumes": resumes,
@@ -206,7 +211,9 @@ def _stamps(session: Session) -> dict[str, list[int]]:
 
 
 def _document(session: Session, name: str) -> str:
-    """What libvirt takes to remove the new checkpoint, should it be made and not recorded."""
+    """What libvirt takes to remove the new checkpoint, should it be made and not recorded: of the
+    disks that there are now, which may be others than before the revert.
+    """
     aligned = align_disks(name, session.disks, (), session.choice.engine)
     disks = tuple(
         CheckpointDisk(disk.target, bitmap=disk.bitmap, state=State.RECORDING)
@@ -221,21 +228,33 @@ def _free_name(history: History, now: int) -> str:
     return next(name for name in names if name not in history.checkpoints)
 
 
-def _trackers(session: Session, history: History) -> dict[str, str]:
+def _trackers(history: History, targets: Iterable[str]) -> dict[str, str]:
     """Of each disk the newest checkpoint of the current line that tracks it."""
     if history.current is None:
         return {}
     return {
-        disk.target: name
-        for disk in session.disks
-        if (name := history.tracker(disk.target, history.current)) is not None
+        target: name
+        for target in targets
+        if (name := history.tracker(target, history.current)) is not None
     }
 
 
-def _tails(session: Session, history: History) -> dict[str, dict[str, str | None]]:
-    """What was written since each disk's newest checkpoint, kept in the store."""
-    trackers = _trackers(session, history)
+def _tails(
+    session: Session, history: History, images: Iterable[DiskLayers]
+) -> dict[str, dict[str, str | None]]:
+    """What was written since each disk's newest checkpoint, kept in the store.
+
+    images -- those that come back
+    """
+    present = [disk.target for disk in session.disks]
+    trackers = _trackers(history, present)
     maps = _read(session, history, trackers)
+    gone = {image.target: image for image in images if image.target not in present}
+    for target, name in _trackers(history, gone).items():
+        trackers[target] = name
+        dirty = read(session, history, gone[target], name)
+        if dirty is not None:
+            maps[target] = dirty
     tails: dict[str, dict[str, str | None]] = {}
     for target, name in trackers.items():
         dirty, recorded = maps.get(target), history.get(name).disk(target)
@@ -292,7 +311,8 @@ def settle(session: Session, intent: Intent) -> None:
         _came_back(session, intent)
         return
     # Made, and not recorded: its bitmaps would be in the way.
-    creation.take_back(session, intent, name)
+    redefinition = {"redefinition": _document(_fitting(session), name)}
+    creation.take_back(session, replace(intent, data=redefinition), name)
     now = standstill(session.adapter)
     before = Standstill(*intent.data["standstill"])
     if now.from_snapshot and now != before:
@@ -368,6 +388,8 @@ def _leave_line(session: Session, intent: Intent) -> None:
     if record != loaded.record:
         session.store.save_record(record)
     archive.take_out(session, loaded.history, _bitmaps(loaded.history))
+    for image in returning(session, snapshots.snapshot(session.adapter, intent.data["snapshot"])):
+        session.engine(EngineName.OFFLINE).run(removal(session, image))
     stamps = _stamps(session)
     if stamps != intent.data["stamps"]:
         session.store.write_intent(replace(intent, data={**intent.data, "stamps": stamps}))

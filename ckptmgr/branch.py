@@ -134,11 +134,14 @@ class Whereabouts:
     current -- the checkpoint that the domain descends from
     went_back -- it is not the one that the store has; else, the marker alone is an old one
     known -- whether the store has the checkpoint that the marker names, or its heir
+    newer -- checkpoints that were made after the marker was set: bitmaps of their names in images
+             that went back with it are of others, which were deleted
     """
 
     current: str | None
     went_back: bool
     known: bool = True
+    newer: frozenset[str] = frozenset()
 
 
 def agrees(marker: Marker | None, history: History, record: DomainRecord) -> bool:
@@ -162,11 +165,23 @@ def whereabouts(
                  of the current one do, only the definition is an old one
     """
     target, known = resolve(history, record.moved, marker.checkpoint if marker else None)
-    if target == history.current:
+    newer = made_after(history, marker)
+    if target == history.current and target not in newer:
         return Whereabouts(target, went_back=False)
-    if history.current is not None and recording(history.current):
+    if target != history.current and history.current is not None and recording(history.current):
         return Whereabouts(history.current, went_back=False)
-    return Whereabouts(target, True, known or marker is None)
+    return Whereabouts(target, True, known or marker is None, newer)
+
+
+def made_after(history: History, marker: Marker | None) -> frozenset[str]:
+    """The checkpoints that were made after a marker was set."""
+    if marker is None:
+        return frozenset()
+    return frozenset(
+        name
+        for name, checkpoint in history.checkpoints.items()
+        if checkpoint.generation is not None and checkpoint.generation > marker.generation
+    )
 
 
 def left_unobserved(history: History, tails: Tails) -> dict[str, dict[str, str | None]]:

@@ -89,6 +89,8 @@ class Checkpoint:
     parent -- name of the checkpoint it was made after; None for a root
     domain_xml -- the domain's inactive definition at that time
     point -- identity of the restore point whose state this one is: 32 hexadecimal digits
+    generation -- of the domain's marker when this checkpoint was made: an older marker of this name
+        is another checkpoint's, deleted since; None: not known
     """
 
     name: str
@@ -99,6 +101,7 @@ class Checkpoint:
     description: str | None = None
     domain_xml: str | None = None
     point: str | None = None
+    generation: int | None = None
 
     def disk(self, name: str) -> CheckpointDisk | None:
         """The disk with target `name`, or None."""

@@ -12,7 +12,7 @@
         <disk name='vdb' checkpoint='no'/>
       </disks>
       <domain type='kvm'>…</domain>
-      <ckptmgr:checkpoint xmlns:ckptmgr='urn:ckptmgr:1' engine='libvirt'>
+      <ckptmgr:checkpoint xmlns:ckptmgr='urn:ckptmgr:1' engine='libvirt' generation='7'>
         <ckptmgr:disk name='vda' bitmap='c1' node='libvirt-1-format' granularity='65536'
                       persistent='yes' size='67108864' source='/img/a.qcow2' state='recording'>
           <ckptmgr:interval since='c0' map='<sha256>'/>
@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lxml import etree
 
@@ -91,7 +92,11 @@ def format_store(checkpoint: Checkpoint) -> str:
     Raises InvalidRequest for what a checkpoint cannot be or XML cannot hold.
     """
     disks = "".join(_format_disk(disk) for disk in checkpoint.disks)
-    known = _attributes(engine=checkpoint.engine.value, point=checkpoint.point)
+    known = _attributes(
+        engine=checkpoint.engine.value,
+        point=checkpoint.point,
+        generation=checkpoint.generation,
+    )
     return _format(
         checkpoint,
         f"  <ckptmgr:checkpoint xmlns:ckptmgr='{xml.NAMESPACE}'{known}>\n"
@@ -238,14 +243,16 @@ def _stored(text: str | bytes, what: str, domain_xml: str | None) -> Checkpoint:
     ours = fields.get(f"{_OURS}checkpoint")
     if ours is None:
         raise InvalidDocument(f"{what} has no <ckptmgr:checkpoint>")
-    values = _take(ours, ("engine", "point"))
+    values = _take(ours, ("engine", "point", "generation"))
     engine = _known(ours, values, "engine", _ENGINES)
+    generation = values.get("generation")
     disks = tuple(_parse_disk(element) for element in ours)
     domain = fields.get("domain")
     if domain is not None:
         domain_xml = _domain_text(text, root, domain)
-    checkpoint = _checkpoint(
-        fields, EngineName(engine), disks, domain_xml, what, values.get("point")
+    checkpoint = replace(
+        _checkpoint(fields, EngineName(engine), disks, domain_xml, what, values.get("point")),
+        generation=None if generation is None else _number(generation, "generation"),
     )
     shown = [(disk.name, _libvirt_bitmap(disk)) for disk in disks]
     if _parse_libvirt_disks(fields.get("disks"), checkpoint.name) != shown:

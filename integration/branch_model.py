@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,6 +105,21 @@ class Branches:
         return domain_of(self.machine, self.store, engine)
 
     # --- looking ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the machine if it does not run.
+
+        The news of a QEMU's death may reach libvirt late, which then ends the next one (9.0): so it
+        gets some time for it.
+        """
+        if not self.machine.active:
+            reason = self.machine.domain.state()[1]
+            if reason not in (
+                libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED,
+                libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN,
+            ):
+                time.sleep(1)
+            self.machine.start()
 
     def look(self) -> None:
         """Find the disks' top images and devices anew, and read every byte."""
@@ -236,13 +252,17 @@ class Branches:
     def moved(self) -> None:
         """The disks went to another state behind ckptmgr's back; the marker says which."""
         marked = self.marked()
-        self._lost = True
-        self._leave()
         while marked is not None and marked not in self.points:
             marked = self._gone[marked]
-        self.at = marked
-        if marked is not None:
-            self.points[marked].during_lost = True
+        self.went_back_to(marked)
+
+    def went_back_to(self, name: str | None) -> None:
+        """The disks went to a state that descends from a checkpoint, and nobody knows how."""
+        self._lost = True
+        self._leave()
+        self.at = name
+        if name is not None:
+            self.points[name].during_lost = True
         self.recording.clear()
         self._lost = True
         self.look()

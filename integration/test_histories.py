@@ -271,7 +271,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(stopped)
     @rule()
     def start(self) -> None:
-        self.machine.start()
+        self.branches.start()
         self.branches.find()
         self.count("start")
 

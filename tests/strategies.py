@@ -95,6 +95,7 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
         description=draw(st.none() | texts),
         domain_xml=draw(st.none() | domain_definitions()),
         point=draw(st.none() | st.text("0123456789abcdef", min_size=32, max_size=32)),
+        generation=draw(st.none() | st.integers(0, 2**63 - 1)),
     )
 
 

@@ -465,6 +465,17 @@ def test_where_a_domain_is_follows_from_its_marker_and_its_bitmaps(
     assert whereabouts(marker, history, RECORD, lambda _: recording) == found
 
 
+def test_a_marker_older_than_the_checkpoint_that_it_names_is_of_another_one() -> None:
+    history = history_of("a", "b")
+    history = history.replace(replace(history.get("b"), generation=3))
+    for recording in (True, False):
+        found = whereabouts(Marker("b", 2), history, RECORD, lambda _, is_so=recording: is_so)
+        assert found == Whereabouts("b", True, newer=frozenset({"b"}))
+    assert not whereabouts(Marker("b", 3), history, RECORD, lambda _: False).went_back
+    # the definition alone is an old one
+    assert not whereabouts(Marker("a", 2), history, RECORD, lambda _: True).went_back
+
+
 def test_a_marker_agrees_by_name_and_generation() -> None:
     history = history_of("a", "b")
     assert agrees(Marker("b", 4), history, RECORD)

@@ -302,3 +302,17 @@ def _plan(
         )
     )
     return replace(plan, steps=(*plan.steps, *shown))
+
+
+def removal_of(session: Session, target: str, bitmap: str) -> Plan:
+    """Remove a bitmap; of a running domain with libvirt's own calls, where it takes them."""
+    usable = (
+        session.tells_libvirt
+        and session.asked is not EngineName.MONITOR
+        and bitmap.isprintable()  # XML takes it
+    )
+    if session.active and usable:
+        return Plan(EngineName.LIBVIRT, discard(bitmap, (target,)))
+    engine = EngineName.MONITOR if session.active else EngineName.OFFLINE
+    disk = DeleteDisk(target, session.layers(engine).get(target))
+    return planner(engine).delete(DeleteRequest(bitmap, (disk,), known_to_libvirt=False))

@@ -201,6 +201,7 @@ def prepare(
         description=request.description,
         domain_xml=session.definition(),
         point=None if copying is None else copying.point,
+        generation=loaded.record.generation + 1,
     )
     asked = CreateRequest(
         name=name,

@@ -48,9 +48,11 @@ def notice(session: Session, loaded: Loaded) -> Loaded:
         history.current,
         found.current or "a new root",
     )
+    if found.current in found.newer:
+        log.warning("%s is the name of another checkpoint now: that one was deleted", found.current)
     if not found.known and marker is not None:
         log.warning("nothing is known of checkpoint %s any more", marker.checkpoint)
-    return follow(session, loaded, found.current)
+    return follow(session, loaded, found.current, found.newer)
 
 
 def place(session: Session, loaded: Loaded) -> str | None:
@@ -67,17 +69,23 @@ def place(session: Session, loaded: Loaded) -> str | None:
     return found.current
 
 
-def follow(session: Session, loaded: Loaded, current: str | None) -> Loaded:
+def follow(
+    session: Session,
+    loaded: Loaded,
+    current: str | None,
+    newer: frozenset[str] = frozenset(),
+) -> Loaded:
     """Under the lock: the domain descends from `current`; the line until now was left unobserved.
 
-    Bitmaps that do not record any more are not counted on, those of the line that was left go,
-    and libvirt is shown the line that the domain is on.
+    Bitmaps that do not record any more are not counted on, nor those of `newer` checkpoints, of
+    which the images know nothing; those of the line that was left go, and libvirt is shown the
+    line that the domain is on.
     """
     record = replace(loaded.record, tails=left_unobserved(loaded.history, loaded.record.tails))
     history = replace(loaded.history, current=current)
-    history = _observed(session, history)
+    history, lost = _observed(session, history, newer)
     record = session.commit_current(history, record)
-    return replace(loaded, history=_settled(session, loaded, history), record=record)
+    return replace(loaded, history=_settled(session, history, lost), record=record)
 
 
 def _take_note(session: Session, loaded: Loaded, left: str) -> Loaded:
@@ -90,16 +98,21 @@ def _take_note(session: Session, loaded: Loaded, left: str) -> Loaded:
         left,
         loaded.history.current or "a new root",
     )
-    history = _settled(session, loaded, _observed(session, loaded.history))
+    history = _settled(session, *_observed(session, loaded.history))
     record = replace(loaded.record, left=None)
     session.store.save_record(record)
     return replace(loaded, history=history, record=record)
 
 
-def _observed(session: Session, history: History) -> History:
-    """`history` with the bitmaps of the current line that do not record recorded as broken."""
+def _observed(
+    session: Session, history: History, newer: frozenset[str] = frozenset()
+) -> tuple[History, archive.Bitmaps]:
+    """`history` with the bitmaps of the current line that do not record recorded as broken, and
+    which those are.
+    """
+    lost: dict[str, tuple[str, ...]] = {}
     if history.current is None:
-        return history
+        return history, lost
     valid = _validity(session)
     for name in (history.current, *history.ancestors(history.current)):
         checkpoint = history.get(name)
@@ -109,8 +122,10 @@ def _observed(session: Session, history: History) -> History:
             if disk.bitmap is not None
             and (disk.state is State.RECORDING or name == history.current)
         ]
-        gone = set(doubtful) - valid(name) if doubtful else ()
+        sure = valid(name) if doubtful and name not in newer else set()
+        gone = [target for target in doubtful if target not in sure]
         if gone:
+            lost[name] = tuple(gone)
             checkpoint = replace(
                 checkpoint,
                 disks=tuple(
@@ -122,17 +137,23 @@ def _observed(session: Session, history: History) -> History:
             )
             session.store.save_checkpoint(checkpoint)
             history = history.replace(checkpoint)
-    return history
+    return history, lost
 
 
-def _settled(session: Session, loaded: Loaded, history: History) -> History:
-    """What can be left to `repair`: bitmaps of other lines go, libvirt is shown this line."""
+def _settled(session: Session, history: History, lost: archive.Bitmaps) -> History:
+    """What can be left to `repair`: bitmaps of other lines and those that do not record go, and
+    libvirt is shown this line.
+    """
     try:
         history = archive.take_out(session.renewed(), history, off_line(history))
+        for name, targets in lost.items():
+            for target in targets:
+                plan = archive.removal_of(session.renewed(), target, name)
+                session.engine(plan.engine).run(plan.steps)
     except (ConnectionFailed, StoreFailed):
         raise
     except CkptmgrError as error:
-        log.info("bitmaps of the line that was left stay: %s", error)
+        log.info("bitmaps that nobody counts on any more stay: %s", error)
         history = replace(session.store.load().history, current=history.current)
     try:
         projection.show_line(session, history)

@@ -30,11 +30,9 @@ from ..consistency import (
 )
 from ..errors import CkptmgrError, ConnectionFailed, StoreFailed
 from ..history import History
-from ..plan import planner
-from ..plan.libvirt import discard, forget
-from ..plan.request import DeleteDisk, DeleteRequest
+from ..plan.libvirt import forget
 from ..plan.steps import BackupEnd, CheckpointRedefine, Plan, Step
-from . import adoption, noticing, projection
+from . import adoption, archive, noticing, projection
 from .examination import observe_all
 from .recovery import settle
 from .session import Session
@@ -191,13 +189,13 @@ def _plan(session: Session, history: History, action: Action) -> Plan:
     """The steps of an action, when what it records is recorded."""
     match action:
         case MarkBroken(remove=True) | MarkArchived(remove=True):
-            plan = _removal(session, action.disk, action.checkpoint)
+            plan = archive.removal_of(session, action.disk, action.checkpoint)
             return _with_shown(session, history, action.checkpoint, plan)
         case MarkBroken() | MarkArchived():
             plan = Plan(EngineName.LIBVIRT, ())
             return _with_shown(session, history, action.checkpoint, plan)
         case RemoveBitmap():
-            return _removal(session, action.disk, action.bitmap)
+            return archive.removal_of(session, action.disk, action.bitmap)
         case Redefine():
             plan = Plan(EngineName.LIBVIRT, ())
             return _with_shown(session, history, action.checkpoint, plan)
@@ -207,20 +205,6 @@ def _plan(session: Session, history: History, action: Action) -> Plan:
             address = session.place().address
             return Plan(EngineName.LIBVIRT, () if address is None else (BackupEnd(address),))
     return Plan(EngineName.LIBVIRT, ())
-
-
-def _removal(session: Session, target: str, bitmap: str) -> Plan:
-    """Remove a bitmap; of a running domain with libvirt's own calls, where it takes them."""
-    usable = (
-        session.tells_libvirt
-        and session.asked is not EngineName.MONITOR
-        and bitmap.isprintable()  # XML takes it
-    )
-    if session.active and usable:
-        return Plan(EngineName.LIBVIRT, discard(bitmap, (target,)))
-    engine = EngineName.MONITOR if session.active else EngineName.OFFLINE
-    disk = DeleteDisk(target, session.layers(engine).get(target))
-    return planner(engine).delete(DeleteRequest(bitmap, (disk,), known_to_libvirt=False))
 
 
 def _with_shown(session: Session, history: History, name: str, plan: Plan) -> Plan:

@@ -51,7 +51,6 @@ UNPROVEN = (
     "test_check_repair.py",
     "test_fifty_processes.py",
     "test_histories.py",
-    "test_hook.py",
     "test_kill_points.py",
     "test_long_history.py",
     "test_remote.py",

@@ -213,6 +213,7 @@ def test_the_hook_costs_an_ordinary_start_little(scene: Branches) -> None:
         with_hook.append(started())
         uninstall(HOOKS)
         without.append(started())
-    cost = statistics.median(with_hook) - statistics.median(without)
-    print(f"a start: {statistics.median(without):.3f} s, with the hook {cost * 1000:+.0f} ms")
-    assert cost < 0.3
+    plain = statistics.median(without)
+    cost = statistics.median(with_hook) - plain
+    print(f"a start: {plain:.3f} s, with the hook {cost * 1000:+.0f} ms")
+    assert cost < plain

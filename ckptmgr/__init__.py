@@ -18,7 +18,14 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .align import DiskRequest, parse_disk_spec
     from .backup.catalogue import Catalogue, repository
-    from .backup.views import DamageView, PointDiskView, PointsView, PointView
+    from .backup.views import (
+        DamageView,
+        PointDiskView,
+        PointsView,
+        PointView,
+        RestoredDisk,
+        RestoreView,
+    )
     from .checkpoint import EngineName, State
     from .consistency import Finding
     from .dirtymap import DirtyMap
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
         ReadOnlyConnection,
         RepositoryDamaged,
         RepositoryFailed,
+        RestoreFailed,
         StoreDamaged,
         StoreFailed,
         Unsupported,
@@ -96,6 +104,9 @@ __all__ = [
     "ReadOnlyConnection",
     "RepositoryDamaged",
     "RepositoryFailed",
+    "RestoreFailed",
+    "RestoreView",
+    "RestoredDisk",
     "SnapshotView",
     "State",
     "StoreDamaged",
@@ -110,7 +121,14 @@ __all__ = [
 _ELSEWHERE = {
     ".align": ("DiskRequest", "parse_disk_spec"),
     ".backup.catalogue": ("Catalogue", "repository"),
-    ".backup.views": ("DamageView", "PointDiskView", "PointView", "PointsView"),
+    ".backup.views": (
+        "DamageView",
+        "PointDiskView",
+        "PointView",
+        "PointsView",
+        "RestoreView",
+        "RestoredDisk",
+    ),
     ".checkpoint": ("EngineName", "State"),
     ".consistency": ("Finding",),
     ".dirtymap": ("DirtyMap",),

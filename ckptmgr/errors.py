@@ -66,6 +66,12 @@ class RepositoryDamaged(CkptmgrError):
     code = "repository-damaged"
 
 
+class RestoreFailed(CkptmgrError):
+    """What is restored cannot be written where it is to go."""
+
+    code = "restore"
+
+
 class PointExists(CkptmgrError):
     """The name of a new restore point is taken."""
 

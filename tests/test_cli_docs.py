@@ -16,6 +16,7 @@ from ckptmgr.cli.program import program
 
 from .cli_host import Host, host_fixture
 from .repositories import filled
+from .restorable import restorable
 
 __all__ = ["host_fixture"]
 
@@ -64,7 +65,10 @@ def test_documents_have_the_documented_fields(
     command: str, text: str, host: Host, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     documented = json.loads(text)
-    if "/srv/backup" in command:
+    if command.startswith("restore"):
+        restorable(tmp_path / "backup")
+        command = command.replace("/srv", str(tmp_path))
+    elif "/srv/backup" in command:
         filled(tmp_path / "backup")
         command = command.replace("/srv", str(tmp_path))
     if command.startswith("hook"):

@@ -9,11 +9,18 @@ None of it needs libvirt.  Everything raises a subclass of ``ckptmgr.CkptmgrErro
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import NoPoint
+from .placement import Request
 from .repository import Lineage, Loaded, Repository
-from .views import DamageView, PointsView, point_view
+from .views import DamageView, PointsView, RestoreView, point_view
+
+if TYPE_CHECKING:
+    from ..plan.steps import Plan
+    from .staging import Progress
 
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that changes the same points."""
@@ -65,6 +72,52 @@ class Catalogue:
             ]
         return PointsView(tuple(points), tuple(damaged))
 
+    def restore(
+        self,
+        domain: str,
+        point: str,
+        folder: str | Path | None = None,
+        *,
+        disks: Sequence[str] = (),
+        onto: Mapping[str, str | Path] | None = None,
+        flatten: bool = False,
+        progress: Progress = lambda disk, done, of: None,
+    ) -> RestoreView:
+        """Restore the disks of a point into a folder or onto volumes, or some to each.
+
+        disks -- targets; default: all of the point, or without a folder those of `onto`
+        onto -- targets, and the raw file, block device or qcow2 file that each is written to;
+                what they held is gone
+        flatten -- images that stand by themselves; default: overlays on the images of the point,
+                   which is then kept as long as they are there
+        progress -- called with ``(disk, bytes done, bytes in all)``
+
+        Every block that is read is compared with its digest.  To define a domain with the disks,
+        see Host.restore; to put the disks of a domain back, Domain.restore.
+
+        Raises NoPoint, RepositoryDamaged, RestoreFailed, InvalidRequest, Busy.
+        """
+        from . import restoring  # libnbd, which few commands need
+
+        kept = restoring.find(self._repository, domain, point)
+        return restoring.restore(kept, _request(point, folder, disks, onto, flatten), progress)
+
+    def plan_restore(
+        self,
+        domain: str,
+        point: str,
+        folder: str | Path | None = None,
+        *,
+        disks: Sequence[str] = (),
+        onto: Mapping[str, str | Path] | None = None,
+        flatten: bool = False,
+    ) -> Plan:
+        """What restore() would do."""
+        from . import restoring  # libnbd, which few commands need
+
+        kept = restoring.find(self._repository, domain, point)
+        return restoring.plan_restore(kept, _request(point, folder, disks, onto, flatten))
+
     def _loaded(self, domain: str | None) -> list[tuple[Lineage, Loaded]]:
         """The lineages in question."""
         found = [(each, each.load()) for each in self._repository.lineages()]
@@ -81,3 +134,15 @@ class Catalogue:
                 hint=f"ckptmgr points {self.path}",
             )
         return chosen
+
+
+def _request(
+    point: str,
+    folder: str | Path | None,
+    disks: Sequence[str],
+    onto: Mapping[str, str | Path] | None,
+    flatten: bool,
+) -> Request:
+    volumes = {disk: Path(path) for disk, path in (onto or {}).items()}
+    place = None if folder is None else Path(folder)
+    return Request(point, place, tuple(disks), volumes, flatten)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..views import timestamp
+from ..views import DomainView, timestamp
 from .manifest import Manifest
 
 
@@ -134,3 +134,48 @@ def point_view(
         ),
         broken=broken,
     )
+
+
+@dataclass(frozen=True)
+class RestoredDisk:
+    """A disk that was restored.
+
+    file -- where it is now
+    bytes -- of data that were written there; what is zero costs nothing
+    """
+
+    name: str
+    file: str
+    format: str
+    bytes: int
+    virtual_size: int
+
+    def json(self) -> dict[str, Any]:
+        """The entry of ``"disks"``."""
+        return {
+            "name": self.name,
+            "file": self.file,
+            "format": self.format,
+            "bytes": self.bytes,
+            "virtual_size": self.virtual_size,
+        }
+
+
+@dataclass(frozen=True)
+class RestoreView:
+    """What was restored.
+
+    domain -- the domain that was defined, or whose disks they are; None: none
+    """
+
+    point: str
+    domain: DomainView | None
+    disks: tuple[RestoredDisk, ...]
+
+    def json(self) -> dict[str, Any]:
+        """The document of restore."""
+        return {
+            "point": self.point,
+            "domain": None if self.domain is None else self.domain.json(),
+            "disks": [disk.json() for disk in self.disks],
+        }

@@ -85,6 +85,20 @@ def complete_point(
     return _kept(context, incomplete, domain, lambda point: point.name) if domain else []
 
 
+def complete_kept_disk(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Disks of the restore point that the command line names."""
+    domain, name = (context.params.get(each) for each in ("domain", "point"))
+    if not domain or not name:
+        return []
+    found = _points(context, domain)
+    return _items(
+        dict.fromkeys(disk.name for each in found if each.name == name for disk in each.disks),
+        incomplete,
+    )
+
+
 def _kept(
     context: click.Context,
     incomplete: str,
@@ -92,16 +106,19 @@ def _kept(
     candidate: Callable[[PointView], str],
 ) -> list[CompletionItem]:
     """What `candidate` says of the points in the repository, each once."""
+    return _items(dict.fromkeys(map(candidate, _points(context, domain))), incomplete)
+
+
+def _points(context: click.Context, domain: str | None) -> tuple[PointView, ...]:
     from ..backup.catalogue import repository
 
     path = context.params.get("repository")
     if not path:
-        return []
+        return ()
     try:
-        found = repository(path).points(domain).points
+        return repository(path).points(domain).points
     except (CkptmgrError, OSError, ImportError):
-        return []
-    return _items(dict.fromkeys(map(candidate, found)), incomplete)
+        return ()
 
 
 def _matching(

@@ -14,7 +14,7 @@ import click
 
 from .._version import __version__
 from ..errors import CkptmgrError
-from . import archive, checkpoints, completion, consistency, diff, hook, points, snapshots
+from . import archive, checkpoints, completion, consistency, diff, hook, points, restore, snapshots
 from .answer import Answer, OutputClosed, print_answer
 from .failure import Interrupted, abandon_output, failure, report
 from .group import Group
@@ -59,7 +59,17 @@ def program() -> None:
 
 
 program.params[:0] = global_options()
-for _module in (checkpoints, diff, consistency, archive, snapshots, points, hook, completion):
+for _module in (
+    checkpoints,
+    diff,
+    consistency,
+    archive,
+    snapshots,
+    points,
+    restore,
+    hook,
+    completion,
+):
     for _command in _module.COMMANDS:
         program.add_command(_command)
 

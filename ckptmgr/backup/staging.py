@@ -1,0 +1,295 @@
+"""Writing the disks of a restore point to where they go.
+
+New images are written under temporary names, made durable, and get their names all together when
+every disk is there; whatever goes wrong before that leaves nothing behind.  Volumes come last.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..engine.qemu_img import check_free
+from ..errors import Busy, CkptmgrError, InvalidRequest, RepositoryFailed, RestoreFailed
+from ..store import files
+from .copying import Rate
+from .extraction import Extraction, check_image, opened
+from .failure import failing, of_the_repository
+from .manifest import Manifest
+from .placement import Kind, Place
+from .points import Points
+from .qcow2 import Qcow2Writer
+from .repository import Lineage
+from .volume import NewFile, Volume
+
+log = logging.getLogger("ckptmgr")
+
+OVERLAYS = "overlays.json"
+"""In a point's folder: the overlays that stand on its images, ``[{"path", "created"}, ...]``."""
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.restoring")
+"""Names of images that are being written."""
+
+LOCK_TIMEOUT = 30.0
+"""Seconds to wait for another process that changes the points."""
+
+Progress = Callable[[str, int, int], None]
+"""``(disk, done, of)``, in bytes that are read and written; zeroes cost nothing."""
+
+_HINTS = {
+    errno.ENOSPC: "free some space there, or restore to another place",
+    errno.EDQUOT: "free some space within the quota, or restore to another place",
+    errno.EACCES: "run as a user who may write there",
+    errno.EPERM: "run as a user who may write there",
+    errno.EBUSY: "it is in use: unmount it, or stop what uses it",
+}
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A disk that is written.
+
+    temporary -- where it is until `install`; None: it is a volume
+    bytes -- of data that were written
+    """
+
+    place: Place
+    temporary: Path | None
+    bytes: int
+
+
+@contextmanager
+def staged(
+    lineage: Lineage,
+    manifest: Manifest,
+    places: Sequence[Place],
+    *,
+    progress: Progress = lambda disk, done, of: None,
+    rate: Rate | None = None,
+) -> Iterator[tuple[Staged, ...]]:
+    """Write the disks in `places`; what was not installed when the block ends is removed.
+
+    Raises RepositoryDamaged, RepositoryFailed, RestoreFailed, InvalidRequest, Busy.
+    """
+    with ExitStack() as stack:
+        sources = _opened(lineage, manifest, places, stack)
+        done: list[Staged] = []
+        stack.callback(_discard, done)
+        for place in sorted(places, key=lambda place: place.kind is Kind.VOLUME):
+            if place.kind is Kind.OVERLAY:
+                done.append(_overlay(lineage, manifest, place))
+            else:
+                done.append(_stage(sources[place.disk], place, progress, rate))
+        order = [place.disk for place in places]
+        yield tuple(sorted(done, key=lambda each: order.index(each.place.disk)))
+
+
+def _opened(
+    lineage: Lineage, manifest: Manifest, places: Sequence[Place], stack: ExitStack
+) -> dict[str, Extraction]:
+    """Everything that is read, open: from then on it may be removed and is still there for us."""
+    with _kept_still(lineage, needed=any(each.kind is Kind.OVERLAY for each in places)):
+        points = lineage.load().points
+        if points.get(manifest.name).id != manifest.id:
+            raise RepositoryFailed(f"restore point {manifest.name} was replaced just now")
+        for place in places:
+            _check(lineage, points, manifest, place)
+        for place in places:
+            if place.kind is Kind.OVERLAY:
+                _record_overlay(lineage, manifest, place.path)
+        return {
+            place.disk: stack.enter_context(opened(lineage, points, manifest.name, place.disk))
+            for place in places
+            if place.kind is not Kind.OVERLAY
+        }
+
+
+@contextmanager
+def _kept_still(lineage: Lineage, *, needed: bool) -> Iterator[None]:
+    """Keep others from changing the points; a repository that cannot be written stays as it is."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lineage.lock(LOCK_TIMEOUT))
+        except RepositoryFailed as error:
+            if needed:
+                error.hint = "an overlay is recorded in the repository; use --flatten"
+                raise
+            log.info("read without a lock: %s", error)
+        yield
+
+
+def _discard(done: Sequence[Staged]) -> None:
+    for each in done:
+        if each.temporary is not None:
+            with suppress(OSError):
+                each.temporary.unlink(missing_ok=True)
+
+
+def install(staged: Sequence[Staged]) -> None:
+    """Give the images their names, durably.  Raises RestoreFailed."""
+    for each in staged:
+        if each.temporary is None:
+            continue
+        place = each.place
+        with _writing(place):
+            if place.kind is not Kind.REPLACEMENT and os.path.lexists(place.path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            each.temporary.rename(place.path)
+    sync_folders(each.place.path.parent for each in staged if each.temporary is not None)
+
+
+def sync_folders(folders: Iterator[Path]) -> None:
+    """Make the names in folders durable.  Raises RestoreFailed."""
+    for folder in dict.fromkeys(folders):
+        with _failing(f"the folder {folder}"):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _check(lineage: Lineage, points: Points, manifest: Manifest, place: Place) -> None:
+    """What can be refused before anything is written."""
+    for name in points.chain(manifest.name, place.disk):
+        check_image(lineage, points, name, place.disk)
+    if place.path.is_relative_to(lineage.path.parent.resolve()):
+        raise InvalidRequest(
+            f"{place.path} is in the repository", hint="restore to a place outside of it"
+        )
+    if place.kind in (Kind.REPLACEMENT, Kind.VOLUME):
+        check_free(place.disk, str(place.path))
+    elif os.path.lexists(place.path):
+        raise InvalidRequest(
+            f"{place.path} is there already",
+            hint="name another folder, or write onto it: "
+            f"--onto {place.disk}={place.path}, which it does not survive",
+        )
+
+
+def _stage(source: Extraction, place: Place, progress: Progress, rate: Rate | None) -> Staged:
+    temporary = None if place.kind is Kind.VOLUME else _temporary(place.path)
+    with _writing(place):
+        sink = _sink(place, temporary)
+    done = 0
+
+    def step(length: int) -> None:
+        nonlocal done
+        done += length
+        progress(place.disk, done, source.length)
+
+    progress(place.disk, 0, source.length)
+    try:
+        with _writing(place):
+            source.copy(sink, rate=rate, progress=step)
+            if temporary is not None and place.kind is Kind.REPLACEMENT:
+                _take_after(temporary, place.path)
+            sink.close()
+    except BaseException as error:
+        sink.abandon()
+        if place.kind is Kind.VOLUME:
+            _tell_half_written(place, error)
+        raise
+    return Staged(place, temporary, source.length)
+
+
+def _sink(place: Place, temporary: Path | None) -> Qcow2Writer | NewFile | Volume:
+    if temporary is None:
+        return Volume(place.path, place.size)
+    if place.format == "qcow2":
+        return Qcow2Writer(temporary, place.size)
+    return NewFile(temporary, place.size)
+
+
+def _tell_half_written(place: Place, error: BaseException) -> None:
+    """Have the error say in what state the volume is."""
+    said = (
+        f"{place.path} is half written: what it held is gone, disk {place.disk} is not whole, and "
+        "the volume does not begin like a disk"
+    )
+    if isinstance(error, CkptmgrError):
+        error.message = f"{error.message}; {said}"
+    else:
+        log.warning("%s", said)
+
+
+def _overlay(lineage: Lineage, manifest: Manifest, place: Place) -> Staged:
+    temporary = _temporary(place.path)
+    with _writing(place):
+        image = lineage.image(manifest, place.disk).resolve()
+        sink = Qcow2Writer(temporary, place.size, backing=str(image))
+        try:
+            sink.close()
+        except BaseException:
+            sink.abandon()
+            raise
+    return Staged(place, temporary, 0)
+
+
+def _record_overlay(lineage: Lineage, manifest: Manifest, path: Path) -> None:
+    """Have prune keep the point as long as the overlay is there.  Raises RepositoryFailed."""
+    listed = lineage.path / manifest.name / OVERLAYS
+    entries = [each for each in overlays(lineage, manifest.name) if each["path"] != str(path)]
+    entries.append({"path": str(path), "created": int(time.time())})
+    with of_the_repository():
+        files.write(listed, json.dumps(entries, indent=2).encode() + b"\n")
+
+
+def overlays(lineage: Lineage, point: str) -> list[dict[str, object]]:
+    """The overlays that are recorded of a point; none if the record cannot be read.
+
+    Raises RepositoryFailed.
+    """
+    path = lineage.path / point / OVERLAYS
+    with failing(path, "cannot be read"):
+        try:
+            found = json.loads(files.read(path))
+        except FileNotFoundError:
+            return []
+        except ValueError:
+            raise RepositoryFailed(f"{path} cannot be read: it is not JSON") from None
+    return [each for each in found if isinstance(each, dict) and "path" in each]
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.urandom(8).hex()}.restoring")
+
+
+def _take_after(path: Path, other: Path) -> None:
+    """Give `path` the owner, mode and security label of `other`."""
+    like = other.stat()
+    try:
+        os.chown(path, like.st_uid, like.st_gid)
+    except PermissionError:
+        if os.geteuid() == 0:
+            raise
+    path.chmod(stat.S_IMODE(like.st_mode))
+    with suppress(OSError):  # where there are none
+        os.setxattr(path, "security.selinux", os.getxattr(other, "security.selinux"))
+
+
+@contextmanager
+def _writing(place: Place) -> Iterator[None]:
+    with _failing(f"{place.path}, for disk {place.disk},"):
+        yield
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or errno.EIO
+        kind = Busy if number == errno.EBUSY else RestoreFailed
+        raise kind(
+            f"{what} cannot be written: {os.strerror(number)}", hint=_HINTS.get(number)
+        ) from error

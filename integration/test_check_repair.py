@@ -10,8 +10,10 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +100,20 @@ class Scene:
         command = ["qemu-img", "bitmap", action, str(self.machine.images[target]), name]
         subprocess.run(command, check=True)
 
-    def sound(self) -> None:
-        """From each checkpoint to the next, and until now, no byte differs outside of the diff."""
+    def sound(self, since: Sequence[str] | None = None) -> None:
+        """From each checkpoint to the next, and until now, no byte differs outside of the diff.
+
+        since -- the checkpoints from which until now is looked at; None: all
+        """
         now = {target: self.machine.contents(target) for target in BOTH}
         names = self.names()
-        for at, start in enumerate(names):
-            for end in {*names[at + 1 : at + 2], None}:
-                for disk in self.domain.diff(start, end).disks:
-                    before = self.timeline._contents[start][disk.name]
-                    after = now if end is None else self.timeline._contents[end]
-                    self._same_outside(disk, before, after[disk.name], f"{start}..{end}")
+        spans: list[tuple[str, str | None]] = [*pairwise(names)]
+        spans += [(name, None) for name in (names if since is None else since)]
+        for start, end in spans:
+            for disk in self.domain.diff(start, end).disks:
+                before = self.timeline._contents[start][disk.name]
+                after = now if end is None else self.timeline._contents[end]
+                self._same_outside(disk, before, after[disk.name], f"{start}..{end}")
 
     def _same_outside(
         self, disk: ckptmgr.DiskDiff, before: bytes, after: bytes, where: str
@@ -127,7 +133,7 @@ class Scene:
         """The next checkpoints are made, and exact."""
         self.create("n1")
         self.create("n2")
-        self.sound()
+        self.sound(since=(self.names()[0], *(("n2",) if self.replaced else ())))
         if not self.replaced:
             self.timeline.check(self.domain, "n1", "n2", BOTH)
             self.timeline.check(self.domain, "n2", None, BOTH)
@@ -166,11 +172,8 @@ def scene(request: pytest.FixtureRequest, make_vm: MakeMachine, tmp_path: Path) 
         yield scene
 
 
-@pytest.fixture
-def running(scene: Scene) -> Scene:
-    if scene.state != "paused":
-        pytest.skip("of a running machine")
-    return scene
+running = pytest.mark.parametrize("scene", ["paused"], indirect=True)
+"""For what can only happen to a running machine."""
 
 
 # --- bitmaps ---------------------------------------------------------------------------------
@@ -411,21 +414,26 @@ def _snapshot(scene: Scene) -> None:
         scene.machine.images[each] = scene.machine.folder / f"{each}.snap"
 
 
-def test_a_snapshot_costs_nothing(running: Scene) -> None:
-    _snapshot(running)
-    running.timeline.scatter()
-    assert consistent(running.domain.check())
-    running.timeline.check_all(running.domain, NAMES, BOTH)
+@running
+def test_a_snapshot_costs_nothing(scene: Scene) -> None:
+    _snapshot(scene)
+    scene.timeline.scatter()
+    found = scene.domain.check()
+    assert consistent(found)
+    changed = {(each.code, each.disk) for each in found}
+    assert {("node-changed", target) for target in BOTH} <= changed
+    scene.timeline.check_all(scene.domain, NAMES, BOTH)
 
 
-def test_a_layer_smaller_than_its_overlay(running: Scene) -> None:
-    _snapshot(running)
-    running.timeline.scatter()
-    _grow(running)
-    running.timeline.scatter()
-    running.heals("layer-smaller")
-    assert running.known("c0", "c2") == BOTH
-    assert running.known("c0") == {"vdb"}
+@running
+def test_a_layer_smaller_than_its_overlay(scene: Scene) -> None:
+    _snapshot(scene)
+    scene.timeline.scatter()
+    _grow(scene)
+    scene.timeline.scatter()
+    scene.heals("layer-smaller")
+    assert scene.known("c0", "c2") == BOTH
+    assert scene.known("c0") == {"vdb"}
 
 
 def _pull(machine: Machine, target: str) -> None:
@@ -436,16 +444,17 @@ def _pull(machine: Machine, target: str) -> None:
         time.sleep(0.02)
 
 
-def test_a_bitmap_that_a_block_job_emptied_is_not_believed(running: Scene) -> None:
+@running
+def test_a_bitmap_that_a_block_job_emptied_is_not_believed(scene: Scene) -> None:
     """Fact 23: without this, the next increment would be all clean."""
-    _snapshot(running)
-    _grow(running)
-    _pull(running.machine, "vda")
+    _snapshot(scene)
+    _grow(scene)
+    _pull(scene.machine, "vda")
     # libvirt and QEMU find nothing wrong with it:
-    document = running.domain.document("c2")
+    document = scene.domain.document("c2")
     validate = REDEFINE | libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
-    running.machine.domain.checkpointCreateXML(document, validate)
-    running.heals("bitmap-lost-in-job")
+    scene.machine.domain.checkpointCreateXML(document, validate)
+    scene.heals("bitmap-lost-in-job")
 
 
 # --- current, marker, name -------------------------------------------------------------------
@@ -566,34 +575,37 @@ def _begin_export(scene: Scene) -> None:
     scene.machine.qmp("block-dirty-bitmap-add", node=node, name="ckptmgr-vda", disabled=True)
 
 
+@running
 @pytest.mark.parametrize("begin", [_begin_backup, _begin_export])
-def test_the_job_of_a_killed_process(running: Scene, begin: Callable[[Scene], None]) -> None:
-    begin(running)
+def test_the_job_of_a_killed_process(scene: Scene, begin: Callable[[Scene], None]) -> None:
+    begin(scene)
     codes = {"leftover-job", "leftover-files"}
     if begin is _begin_export:
         codes.add("leftover-bitmap")
-    running.heals(*codes)
+    scene.heals(*codes, first=False)  # a diff would end it
 
 
+@running
 @pytest.mark.parametrize("begin", [_begin_backup, _begin_export])
 @pytest.mark.parametrize("command", ["diff", "create"])
 def test_the_job_of_a_killed_process_is_no_obstacle_to_the_next_command(
-    running: Scene, begin: Callable[[Scene], None], command: str
+    scene: Scene, begin: Callable[[Scene], None], command: str
 ) -> None:
-    begin(running)
+    begin(scene)
     if command == "diff":
-        running.timeline.check(running.domain, "c2", None, BOTH)
+        scene.timeline.check(scene.domain, "c2", None, BOTH)
     else:
-        running.create("n1")
-        running.timeline.check(running.domain, "c2", "n1", BOTH)
-    assert running.codes() <= {"leftover-bitmap"}
-    assert not Path(_socket(running)).exists()
+        scene.create("n1")
+        scene.timeline.check(scene.domain, "c2", "n1", BOTH)
+    assert scene.codes() <= {"leftover-bitmap"}
+    assert not Path(_socket(scene)).exists()
 
 
-def test_a_job_of_somebody_else_is_left_alone(running: Scene) -> None:
-    path = str(running.machine.folder / "other.sock")
-    scratch = str(running.machine.folder / "other.scratch")
-    running.machine.domain.backupBegin(
+@running
+def test_a_job_of_somebody_else_is_left_alone(scene: Scene) -> None:
+    path = str(scene.machine.folder / "other.sock")
+    scratch = str(scene.machine.folder / "other.scratch")
+    scene.machine.domain.backupBegin(
         f"<domainbackup mode='pull'><server transport='unix' socket='{path}'/><disks>"
         f"<disk name='vda' backup='yes' type='file'><driver type='qcow2'/>"
         f"<scratch file='{scratch}'/></disk></disks></domainbackup>",
@@ -601,12 +613,12 @@ def test_a_job_of_somebody_else_is_left_alone(running: Scene) -> None:
         0,
     )
     try:
-        assert running.codes() == set()
-        assert running.domain.repair(foreign=True) == ()
+        assert scene.codes() == set()
+        assert scene.domain.repair(foreign=True) == ()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.connect(path)
     finally:
-        running.machine.domain.abortJob()
+        scene.machine.domain.abortJob()
 
 
 def test_an_intent_that_was_left_behind(scene: Scene) -> None:
@@ -743,19 +755,46 @@ def test_a_cure_that_fails_is_told_and_the_others_are_done(
         for target in ("vda", "vdb"):
             command = ["qemu-img", "bitmap", "--add", str(machine.images[target]), "stray"]
             subprocess.run(command, check=True)
-        held = subprocess.Popen(
-            ["qemu-io", str(machine.images["vda"])], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        try:
-            assert held.stdout is not None
-            held.stdout.read(1)
+        with _opened(machine.images["vda"], "-r"):
             cured = domain.repair(foreign=True)
             assert [each.disk for each in cured] == ["vdb"]
             assert "could not be cured" in caplog.text
-        finally:
-            held.communicate(b"quit\n")
         assert [each.disk for each in domain.repair(foreign=True)] == ["vda"]
         assert domain.check() == ()
+
+
+def test_an_image_that_another_program_is_writing_is_not_judged(
+    make_vm: MakeMachine, tmp_path: Path
+) -> None:
+    """All its bitmaps are marked as in use, as after a crash, until that program ends."""
+    machine = make_vm(DISKS, state="stopped")
+    store = tmp_path / "store"
+    with ckptmgr.connect(machine.uri, store=store) as host:
+        scene = Scene(machine, host, store, Timeline(machine), "stopped")
+        for name in NAMES:
+            scene.create(name)
+        with _opened(machine.images["vda"]):
+            (bitmap, *_) = machine.bitmaps("vda").values()
+            assert "in-use" in bitmap["flags"]
+            assert scene.codes() == {"image-in-use"}
+            with unchanged(machine, store):
+                assert scene.domain.repair(foreign=True) == ()
+        assert scene.codes() == set()
+        scene.timeline.check_all(scene.domain, NAMES, BOTH)
+
+
+@contextmanager
+def _opened(image: Path, *options: str) -> Iterator[None]:
+    """Have an image open in another program, which closes it in an orderly way."""
+    held = subprocess.Popen(
+        ["qemu-io", *options, str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert held.stdout is not None
+        held.stdout.read(1)  # its prompt
+        yield
+    finally:
+        held.communicate(b"quit\n")
 
 
 def test_an_image_that_is_lost_is_named_and_closed_intervals_are_still_told(

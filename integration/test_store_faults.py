@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +23,9 @@ import pytest
 
 import ckptmgr
 from ckptmgr.store import files
+from integration.conftest import MakeMachine
 from integration.evidence import bitmaps, known, wipe
-from integration.stand import MIB, DiskSpec, Embedded, Machine
+from integration.stand import MIB, Daemon, DiskSpec, Embedded, Machine
 
 CALLS = ("_create", "_write", "_fsync", "_rename", "_unlink", "_mkdir", "_fsync_folder")
 GRANULE = 65536
@@ -67,8 +69,16 @@ class World:
     cuts: list[str] = field(default_factory=list)
 
     def write(self) -> None:
-        """The next granule: number n after the n-th checkpoint."""
-        self.machine.write("vda", len(self.cuts) * GRANULE, 512)
+        """The next granule: number n after the n-th checkpoint.
+
+        It is not read back: a write that is lost is missing in the difference.
+        """
+        command = f"write -P 1 {len(self.cuts) * GRANULE} 512"
+        if self.machine.active:
+            self.machine.hmp(f'qemu-io -d {self.machine.device("vda")} "{command}"')
+        else:
+            image = self.machine.images["vda"]
+            subprocess.run(["qemu-io", "-c", command, image], check=True, stdout=subprocess.DEVNULL)
 
     def create(self, name: str) -> None:
         self.domain.create(name)
@@ -168,51 +178,95 @@ CASES = [(engine, name) for name, each in OPERATIONS.items() for engine in each.
 FAULTS = {"disk-full": (errno.ENOSPC, False), "read-only": (errno.EROFS, True)}
 
 
-@pytest.fixture(scope="module")
-def machines(embedded: Embedded) -> Iterator[dict[str, Machine]]:
-    found = {
-        "libvirt": Machine(embedded, (DISK,)),
-        "offline": Machine(embedded, (DISK,), state="stopped"),
-    }
-    yield found
-    for machine in found.values():
-        machine.destroy()
+NAMES = ("c0", "c1", "c2")
+
+
+class Prepared:
+    """A machine that has c0, c1 and c2 as often as one likes, and a store each time.
+
+    They are made once; after that, what was there then is put back.
+    """
+
+    def __init__(self, machine: Machine, folder: Path) -> None:
+        self.machine = machine
+        self._store = folder / "store"
+        self._image = folder / "image"
+        with world_of(machine, self._store) as world:
+            for name in NAMES:
+                world.create(name)
+            self._marker = world.domain.adapter.marker()
+            self._documents = [
+                machine.domain.checkpointLookupByName(name).getXMLDesc() for name in NAMES
+            ]
+            if not machine.active:
+                shutil.copyfile(machine.images["vda"], self._image)
+
+    @contextmanager
+    def world(self, store: Path) -> Iterator[World]:
+        """The machine with its checkpoints and with a store that is not there yet."""
+        shutil.copytree(self._store, store)
+        with world_of(self.machine, store) as world:
+            if self.machine.active:
+                node = self.machine.node("vda")
+                for name in NAMES:
+                    add = {"node": node, "name": name, "persistent": True}
+                    self.machine.qmp("block-dirty-bitmap-add", **add)
+                    world.made(name)
+            else:
+                shutil.copyfile(self._image, self.machine.images["vda"])
+                world.cuts += NAMES
+            for document in self._documents:
+                flag = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+                self.machine.domain.checkpointCreateXML(document, flag)
+            world.domain.adapter.set_marker(self._marker)
+            yield world
 
 
 @contextmanager
-def world_of(machine: Machine, store: Path, engine: str) -> Iterator[World]:
+def world_of(machine: Machine, store: Path) -> Iterator[World]:
+    """The machine as it is, and without checkpoints in the end."""
     with ckptmgr.connect(machine.uri, store=store) as host:
-        world = World(machine, host.domain(machine.name))
         try:
-            for name in ("c0", "c1", "c2"):
-                world.create(name)
-            yield world
+            yield World(machine, host.domain(machine.name))
         finally:
             wipe(machine)
 
 
-@pytest.mark.timeout(900)
+@pytest.fixture(scope="module")
+def prepared(
+    embedded: Embedded, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Prepared]]:
+    states = {"libvirt": "paused", "offline": "stopped"}
+    machines = {engine: Machine(embedded, (DISK,), state=state) for engine, state in states.items()}
+    yield {
+        engine: Prepared(machine, tmp_path_factory.mktemp(engine))
+        for engine, machine in machines.items()
+    }
+    for machine in machines.values():
+        machine.destroy()
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(("engine", "name"), CASES)
 def test_at_every_write(
     engine: str,
     name: str,
     fault: str,
-    machines: dict[str, Machine],
+    prepared: dict[str, Prepared],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     operation = OPERATIONS[name]
     error, sticky = FAULTS[fault]
     # What a pass without a fault leads to.
-    with world_of(machines[engine], tmp_path / "dry", engine) as world:
+    with prepared[engine].world(tmp_path / "dry") as world:
         operation.before(world)
         before = world.names()
         operation.run(world)
         after = world.names()
     tried = 0
     for at in count(1):
-        with world_of(machines[engine], tmp_path / str(at), engine) as world:
+        with prepared[engine].world(tmp_path / str(at)) as world:
             operation.before(world)
             there, listed = bitmaps(world.machine), known(world.machine)
             injected = Fault(error, at, sticky)
@@ -255,21 +309,20 @@ def test_at_every_write(
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for little."""
+def small(daemon: Daemon, tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for little, in the stand's mount namespace."""
     folder = tmp_path / "small"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "tmpfs", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 0, f"no file system can be mounted here: {done.stderr.strip()}"
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_file_system_that_fills_up(machines: dict[str, Machine], small: Path) -> None:
+def test_a_file_system_that_fills_up(daemon: Daemon, make_vm_on: MakeMachine, small: Path) -> None:
     """Every amount of free space, down to none: a page less each time."""
-    machine = machines["libvirt"]
+    machine = make_vm_on(daemon, (DISK,))
     filler = small / "filler"
     with ckptmgr.connect(machine.uri, store=small / "store") as host:
         world = World(machine, host.domain(machine.name))
@@ -305,8 +358,10 @@ def test_a_file_system_that_fills_up(machines: dict[str, Machine], small: Path) 
             wipe(machine)
 
 
-def test_a_store_that_is_read_only_can_be_read(machines: dict[str, Machine], small: Path) -> None:
-    machine = machines["offline"]
+def test_a_store_that_is_read_only_can_be_read(
+    daemon: Daemon, make_vm_on: MakeMachine, small: Path
+) -> None:
+    machine = make_vm_on(daemon, (DISK,), state="stopped")
     with ckptmgr.connect(machine.uri, store=small / "store") as host:
         world = World(machine, host.domain(machine.name))
         world.create("c0")

@@ -319,6 +319,15 @@ CASES: dict[str, Case] = {
         None,
         disk="vda",
     ),
+    "image-in-use": Case(
+        replace(FITS, active=False, layers={"vdb": FITS.layers["vdb"]}, held={"vda": "/img/a"})
+        if FITS.layers
+        else FITS,
+        "another program is writing /img/a of vda",
+        "check again",
+        None,
+        disk="vda",
+    ),
     "disk-resized": Case(
         _resized(),
         f"vda has grown from {SIZE} to {2 * SIZE} bytes since c2",
@@ -629,6 +638,14 @@ def test_another_tool_s_checkpoint_between_ours_does_not_make_a_parent_wrong() -
     assert codes(seen) == ["libvirt-only"]
 
 
+@pytest.mark.parametrize("above", [None, "c0"])
+def test_a_checkpoint_that_is_to_go_from_libvirt_s_list_is_nobody_s_parent(
+    above: str | None,
+) -> None:
+    known = (Known("c0", None, frozenset(DISKS)), replace(FITS.known[1], parent=above))
+    assert codes(projected(GONE, known=(*known, FITS.known[2]))) == ["libvirt-stale"]
+
+
 def test_a_disk_that_was_taken_out_is_no_mismatch() -> None:
     seen = replace(FITS, disks=(disk("vda"),), layers={"vda": DiskLayers("vda", ())})
     assert codes(seen) == []
@@ -853,6 +870,7 @@ def observations(draw: st.DrawFn) -> Observation:
         ),
         layers=draw(st.none() | layers.map(_layers_of)),
         blind=draw(st.dictionaries(targets, st.just("no file"), max_size=1)),
+        held=draw(st.dictionaries(targets, st.just("/a"), max_size=1)),
         sized=draw(st.dictionaries(names, st.frozensets(targets), max_size=3)),
         known=tuple(draw(st.lists(known, max_size=5, unique_by=lambda each: each.name))),
         told=draw(st.booleans()),
@@ -984,7 +1002,8 @@ def test_the_cures_lead_to_where_nothing_is_left_to_cure(seen: Observation) -> N
         assert action is not None
         seen = cured(seen, action)
     left = [finding for finding in examine(seen) if not finding.harmless]
-    assert {finding.code for finding in left} <= {"unreadable-image", "libvirt-only"}
+    needs_a_person = {"unreadable-image", "image-in-use", "libvirt-only"}
+    assert {finding.code for finding in left} <= needs_a_person
 
 
 def test_findings_are_values() -> None:

@@ -14,7 +14,7 @@ from .observed import Observation
 
 def recorded_bitmaps(seen: Observation, current: str | None) -> Iterator[Finding]:
     """The bitmaps that the store counts on, when `current` is current."""
-    present = {disk.target for disk in seen.disks if not disk.empty} - set(seen.blind)
+    present = {disk.target for disk in seen.disks if not disk.empty} - {*seen.blind, *seen.held}
     line = _line(seen.history, current)
     for name in seen.history.topological():
         checkpoint = seen.history.get(name)

@@ -30,7 +30,20 @@ def domain(seen: Observation) -> Iterator[Finding]:
             disk=target,
         )
     for disk, name, recorded in _trackers(seen):
-        yield from _changes(seen, disk, name, recorded)
+        if disk.target in seen.held:
+            yield _held(disk.target, seen.held[disk.target])
+        else:
+            yield from _changes(seen, disk, name, recorded)
+
+
+def _held(target: str, image: str) -> Finding:
+    return Finding(
+        "image-in-use",
+        f"the domain does not run, and another program is writing {image} of {target}: what its "
+        "bitmaps hold cannot be told",
+        "end that program in an orderly way, and check again",
+        disk=target,
+    )
 
 
 def _changes(

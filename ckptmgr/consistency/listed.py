@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ..checkpoint import Checkpoint
 from ..history import History
 from ..plan.libvirt import DISCARD
 from .findings import Adopt, Finding, Forget, Redefine
@@ -63,7 +62,7 @@ def _shown(
 ) -> Iterator[Finding]:
     present = {disk.target for disk in seen.disks}
     if not shown:
-        if known[name].disks or _had_bitmaps(seen.history.get(name)):
+        if _stale(seen.history, known, name):
             yield Finding(
                 "libvirt-stale",
                 f"libvirt lists checkpoint {name}, which has no bitmap any more",
@@ -84,7 +83,7 @@ def _shown(
         )
         return
     wanted = _shown_parent(seen.history, known, name)
-    found = _through_strangers(seen.history, known, known[name].parent)
+    found = _listed_parent(seen.history, known, name)
     if wanted != found:
         yield Finding(
             "wrong-parent",
@@ -96,24 +95,30 @@ def _shown(
         )
 
 
-def _had_bitmaps(checkpoint: Checkpoint) -> bool:
-    return any(disk.bitmap is not None and disk.persistent for disk in checkpoint.disks)
+def _stale(history: History, known: Mapping[str, Known], name: str) -> bool:
+    """Whether libvirt lists a checkpoint that has lost its bitmaps, and is to list it no more."""
+    checkpoint = history.get(name)
+    had_bitmaps = any(disk.bitmap is not None and disk.persistent for disk in checkpoint.disks)
+    return not shown_disks(checkpoint) and (had_bitmaps or bool(known[name].disks))
 
 
 def _shown_parent(history: History, known: Mapping[str, Known], name: str) -> str | None:
+    """The nearest ancestor that libvirt lists, and is to list."""
     above = history.parent(name)
-    while above is not None and above not in known:
+    while above is not None and (above not in known or _stale(history, known, above)):
         above = history.parent(above)
     return above
 
 
-def _through_strangers(
-    history: History, known: Mapping[str, Known], name: str | None
-) -> str | None:
-    passed: set[str] = set()
-    while name is not None and name not in history.checkpoints:
-        if name in passed or name not in known:
+def _listed_parent(history: History, known: Mapping[str, Known], name: str) -> str | None:
+    """The nearest ancestor by libvirt's list that is neither a stranger nor to go."""
+    passed = {name}
+    above = known[name].parent
+    while above is not None and (
+        above not in history.checkpoints or (above in known and _stale(history, known, above))
+    ):
+        if above in passed or above not in known:
             return None
-        passed.add(name)
-        name = known[name].parent
-    return name
+        passed.add(above)
+        above = known[above].parent
+    return above

@@ -35,6 +35,7 @@ class Observation:
     maps -- digests of dirty maps that cannot be read, and why
     layers -- the bitmaps on each disk's layers; None where nobody could be asked
     blind -- the disks whose images cannot be read, and why
+    held -- the disks with an image that another program is writing, and that image
     sized -- without layers: the disks of each checkpoint that libvirt says are valid
     known -- libvirt's list; told -- whether libvirt is to know of checkpoints at all
     no_marker -- why the marker that is there cannot be read
@@ -53,6 +54,7 @@ class Observation:
     intent: Intent | None = None
     layers: Mapping[str, DiskLayers] | None = None
     blind: Mapping[str, str] = field(default_factory=dict)
+    held: Mapping[str, str] = field(default_factory=dict)
     sized: Mapping[str, frozenset[str]] = field(default_factory=dict)
     known: tuple[Known, ...] = ()
     told: bool = True

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import signal
 import stat
-import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..domain.locks import in_use
 from ..errors import (
     BitmapBroken,
     Busy,
@@ -34,11 +33,6 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 STOP_TIMEOUT = 10.0
 """Seconds for qemu-nbd to end after SIGTERM, before SIGKILL (it only reads)."""
-
-# block/file-posix.c: byte 100 + n is locked by whoever uses permission n, byte 200 + n by
-# whoever does not share it.  64 bytes each is what enum BlockPermission can have.
-_LOCKED_RANGES = ((100, 64), (200, 64))
-_FLOCK = struct.Struct("hhqqi4x")
 
 
 def image_name(path: str, driver: str = "qcow2", **options: Any) -> str:
@@ -69,20 +63,11 @@ def check_free(disk: str, path: str) -> None:
             f"the image {path} of disk {disk} cannot be written: {error.strerror}"
         ) from error
     try:
-        held = any(_locked(descriptor, *where) for where in _LOCKED_RANGES)
+        held = in_use(descriptor)
     finally:
         os.close(descriptor)
     if held:
         raise _in_use(disk, path)
-
-
-def _locked(descriptor: int, start: int, length: int) -> bool:
-    question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-    try:
-        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
-    except OSError:
-        return False  # a file system without locks: QEMU does not lock there either
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def _in_use(disk: str, path: str) -> Busy:

@@ -11,6 +11,7 @@ from ..document import bitmap_sizes, parse_libvirt
 from ..domain.disk import DiskLayers
 from ..domain.job import backup_job
 from ..domain.known import known_document, known_names
+from ..domain.locks import is_being_written
 from ..errors import (
     BitmapBroken,
     InvalidDocument,
@@ -43,6 +44,10 @@ def observe_all(session: Session) -> Observation:
         session.asked is EngineName.LIBVIRT or session.adapter.connection.read_only
     )
     layers, blind = (None, {}) if asked_of_libvirt else _layers(session)
+    held = _held(session)
+    if layers is not None:
+        # While an image is open for writing, all its bitmaps are marked as those of a crash.
+        layers = {target: found for target, found in layers.items() if target not in held}
     intent, damaged = read_intent(session.store, stored.damaged)
     marker, no_marker = _marker(session)
     place = session.place()
@@ -58,6 +63,7 @@ def observe_all(session: Session) -> Observation:
         intent=intent,
         layers=layers,
         blind=blind,
+        held=held,
         sized=_sized(session, loaded.history, known) if asked_of_libvirt else {},
         known=known,
         told=session.tells_libvirt,
@@ -87,6 +93,18 @@ def _layers(session: Session) -> tuple[Layers | None, dict[str, str]]:
             else:
                 found.update((each.target, each) for each in layers)
         return found, blind
+
+
+def _held(session: Session) -> dict[str, str]:
+    """The disks of a stopped domain with an image that another program is writing, and that."""
+    if session.active or not session.adapter.connection.local:
+        return {}
+    return {
+        disk.target: image.path
+        for disk in session.disks
+        for image in reversed(disk.chain)
+        if image.path is not None and is_being_written(image.path)
+    }
 
 
 def _sized(

@@ -35,6 +35,7 @@ from .views import CheckpointView, DiffView, DomainView, ListView, SnapshotView
 
 if TYPE_CHECKING:
     from .align import DiskRequest
+    from .backup.views import PointView
     from .consistency import Finding
     from .plan.steps import Plan
 
@@ -285,6 +286,84 @@ class Domain:
     def plan_repair(self, *, foreign: bool = False) -> Plan:
         """What repair() would do about what check() finds now; cures may bring up more."""
         return operation.repair.plan_repair(self._now, foreign=foreign)
+
+    # --- backup ----------------------------------------------------------------------------
+
+    @_names_domain
+    def backup(
+        self,
+        repository: str | Path,
+        name: str | None = None,
+        *,
+        full: bool = False,
+        disks: Sequence[str] = (),
+        compress: bool = False,
+        quiesce: bool | None = None,
+        pause: bool = False,
+        limit: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> PointView:
+        """Make a restore point of what the domain is at this instant.
+
+        repository -- folder of the repository; it is made if it is not there
+        name -- of the point and its checkpoint; default: the time in seconds
+        full -- stand on no other point; default: of each disk what changed since the last one
+        disks -- targets or paths; default: all disks that hold data
+        compress -- with zstd
+        quiesce -- freeze the guest's file systems for that instant; default: if its agent is there
+        pause -- have the guest stand still for that instant
+        limit -- bytes per second; default: none
+        progress -- called with a disk, how many bytes of it are done, and of how many
+        """
+        asked = self._backup_request(repository, name, full, disks, compress, quiesce, pause, limit)
+        from .backup.views import point_view  # most commands make no point
+
+        lineage, made = operation.backup.backup(
+            self._now, asked, progress or (lambda disk, done, total: None)
+        )
+        folder = str(lineage.path / made.name)
+        return point_view(lineage.key, folder, made, parent=made.parent, broken=None)
+
+    @_names_domain
+    def plan_backup(
+        self,
+        repository: str | Path,
+        name: str | None = None,
+        *,
+        full: bool = False,
+        disks: Sequence[str] = (),
+        compress: bool = False,
+        quiesce: bool | None = None,
+        pause: bool = False,
+        limit: int | None = None,
+    ) -> Plan:
+        """What backup() would do."""
+        asked = self._backup_request(repository, name, full, disks, compress, quiesce, pause, limit)
+        return operation.backup.plan_backup(self._now, asked)
+
+    def _backup_request(
+        self,
+        repository: str | Path,
+        name: str | None,
+        full: bool,
+        disks: Sequence[str],
+        compress: bool,
+        quiesce: bool | None,
+        pause: bool,
+        limit: int | None,
+    ) -> operation.point.Request:
+        if limit is not None and limit <= 0:
+            raise InvalidRequest(f"{limit} bytes per second are no limit to work with")
+        return operation.point.Request(
+            Path(repository).absolute(),
+            name,
+            full,
+            tuple(disks),
+            compress,
+            quiesce,
+            pause,
+            limit,
+        )
 
     # --- snapshots ---------------------------------------------------------------------------
 

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from . import (
         adoption,
         archive,
+        backup,
         creation,
         deletion,
         difference,
+        point,
         redefinition,
         repair,
         reversion,
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
 __all__ = [
     "adoption",
     "archive",
+    "backup",
     "creation",
     "deletion",
     "difference",
+    "point",
     "redefinition",
     "repair",
     "reversion",

@@ -8,11 +8,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pyroaring import BitMap64
 
+from ckptmgr.backup.repository import Repository
+from ckptmgr.backup.views import PointView, point_view
 from ckptmgr.checkpoint import EngineName, State
 from ckptmgr.cli.session import Session
 from ckptmgr.consistency import Finding, MarkBroken
@@ -29,6 +32,8 @@ from ckptmgr.views import (
     PlaceView,
     SnapshotView,
 )
+
+from .repositories import UUID, manifest
 
 KIB = 1024
 DOMAIN = DomainView("web", "6695eb01-f6a4-8304-79aa-97f2502e193f")
@@ -196,6 +201,18 @@ class Domain:
     def archive(self, keep: int) -> dict[str, tuple[str, ...]]:
         self._note("archive", keep)
         return {"c1": ("vda", "vdb"), "c2": ("vda",)}
+
+    def backup(self, repository: Path, name: str | None = None, **options: Any) -> PointView:
+        options.pop("progress")
+        self._note("backup", repository, name, **options)
+        lineage = Repository(repository).lineage(UUID)
+        made = manifest(name or "1795348800")
+        folder = str(lineage.path / made.name)
+        return point_view(lineage.key, folder, made, parent=None, broken=None)
+
+    def plan_backup(self, repository: Path, name: str | None = None, **options: Any) -> Plan:
+        self._note("plan_backup", repository, name, **options)
+        return PLAN
 
     def create_snapshot(self, name: str | None = None, **options: Any) -> SnapshotView:
         self._note("create_snapshot", name, **options)

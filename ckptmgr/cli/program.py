@@ -14,7 +14,18 @@ import click
 
 from .._version import __version__
 from ..errors import CkptmgrError
-from . import archive, checkpoints, completion, consistency, diff, hook, points, restore, snapshots
+from . import (
+    archive,
+    backup,
+    checkpoints,
+    completion,
+    consistency,
+    diff,
+    hook,
+    points,
+    restore,
+    snapshots,
+)
 from .answer import Answer, OutputClosed, print_answer
 from .failure import Interrupted, abandon_output, failure, report
 from .group import Group
@@ -65,6 +76,7 @@ for _module in (
     consistency,
     archive,
     snapshots,
+    backup,
     points,
     restore,
     hook,

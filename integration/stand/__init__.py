@@ -6,7 +6,7 @@ to have a private libvirt, ``Machine`` is a domain of one of them with its image
 
 from .guest import Guest
 from .images import MIB, DiskSpec, rounded
-from .libvirts import Daemon, Embedded, Stand, StandError, private_mounts
+from .libvirts import Daemon, Embedded, Stand, StandError, System, private_mounts
 from .machine import Machine
 from .orphans import adopt
 from .workspace import Workspace, reap
@@ -20,6 +20,7 @@ __all__ = [
     "Machine",
     "Stand",
     "StandError",
+    "System",
     "Workspace",
     "adopt",
     "private_mounts",

@@ -29,6 +29,7 @@ from pathlib import Path
 from .images import DiskSpec
 from .libvirts import Stand
 from .machine import Machine
+from .patience import patiently
 
 MEMORY = 128
 """MiB; less is not enough for the kernel to unpack its initramfs."""
@@ -96,31 +97,52 @@ def _cache() -> Path:
     return Path(base) / "ckptmgr"
 
 
+def _installed() -> str | None:
+    """Release of a cloud kernel of this machine, such as ``6.1.0-41-cloud-amd64``."""
+    images = Path("/boot").glob("vmlinuz-*-cloud-amd64")
+    releases = [image.name.removeprefix("vmlinuz-") for image in images]
+    return next((each for each in releases if Path("/lib/modules", each).is_dir()), None)
+
+
+def _fetch(root: Path) -> str:
+    """Unpack Debian's newest cloud kernel in `root`; returns its release."""
+    depends = subprocess.run(
+        ["apt-cache", "depends", "linux-image-cloud-amd64"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    package = next(word for word in depends.split()[1:] if word.startswith("linux-image-"))
+    root.mkdir()
+    download = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", package]
+    subprocess.run(download, check=True, cwd=root, stdin=subprocess.DEVNULL)
+    (archive,) = root.glob("*.deb")
+    subprocess.run(["dpkg-deb", "-x", archive, root], check=True)
+    (image,) = root.glob("boot/vmlinuz-*")
+    return image.name.removeprefix("vmlinuz-")
+
+
 def kernel() -> Path:
-    """The folder with ``vmlinuz`` and ``<module>.ko``, fetched from Debian at the first call."""
+    """The folder with ``vmlinuz`` and ``<module>.ko``, made at the first call.
+
+    They come from this machine's own kernel if it has Debian's for clouds, else from Debian.
+    """
     found = _cache() / "guest-kernel"
     if found.is_dir():
         return found
     found.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=found.parent, prefix="fetch-") as name:
         folder = Path(name)
-        depends = subprocess.run(
-            ["apt-cache", "depends", "linux-image-cloud-amd64"],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        package = next(word for word in depends.split()[1:] if word.startswith("linux-image-"))
-        download = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", package]
-        subprocess.run(download, check=True, cwd=folder, stdin=subprocess.DEVNULL)
-        (archive,) = folder.glob("*.deb")
-        subprocess.run(["dpkg-deb", "-x", archive, folder / "root"], check=True)
+        release = _installed()
+        root = Path("/")
+        if release is None:
+            root = folder / "root"
+            release = _fetch(root)
         ready = folder / "ready"
         ready.mkdir()
-        (image,) = (folder / "root").glob("boot/vmlinuz-*")
-        shutil.copy(image, ready / "vmlinuz")
+        shutil.copy(root / f"boot/vmlinuz-{release}", ready / "vmlinuz")
         for module in MODULES:
-            (file,) = (folder / "root").rglob(f"{module}.ko*")
+            (file,) = (root / "lib/modules" / release).rglob(f"{module}.ko*")
             data = file.read_bytes()
             if file.suffix == ".xz":
                 data = lzma.decompress(data)
@@ -221,7 +243,7 @@ class Shell:
         self._port.close()
 
     def _wait_for_boot(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patiently(seconds)
         while time.monotonic() < deadline:
             # until its init listens, the guest throws away what it is sent
             self._port.sendall(b"\n0 ping\n")
@@ -255,7 +277,7 @@ class Shell:
         number = self._number
         self._port.sendall(f"{number} {text}\n".encode())
         with self._changed:
-            if not self._changed.wait_for(lambda: number in self._answers, timeout=seconds):
+            if not self._changed.wait_for(lambda: number in self._answers, patiently(seconds)):
                 raise TimeoutError(f"the guest does not answer: {text}")
             answer = self._answers.pop(number)
         if answer != "ok":
@@ -278,14 +300,14 @@ class Shell:
         """End the writing and wait until the last write is done."""
         self._command("stop")
         with self._changed:
-            if not self._changed.wait_for(lambda: self._churn_over, timeout=seconds):
+            if not self._changed.wait_for(lambda: self._churn_over, patiently(seconds)):
                 raise TimeoutError("the guest does not stop writing")
 
     def wait_churned(self, number: int, seconds: float = 60) -> None:
         """Wait until write `number` is on the disk."""
         with self._changed:
             done = self._changed.wait_for(
-                lambda: bool(self.churned) and self.churned[-1] >= number, timeout=seconds
+                lambda: bool(self.churned) and self.churned[-1] >= number, patiently(seconds)
             )
         if not done:
             raise TimeoutError(f"the guest has not got to write {number}")
@@ -317,6 +339,12 @@ class Guest:
         except BaseException:
             self.machine.destroy()
             raise
+
+    def reconnect(self) -> None:
+        """Take up its command line again after its QEMU was replaced, as by a revert."""
+        self.machine.stand.workspace.record(self.machine.pid)
+        self.shell.close()
+        self.shell = Shell(self.shell.boot)
 
     def __enter__(self) -> Guest:
         return self

@@ -28,6 +28,7 @@ import libvirt
 from ckptmgr.domain.connection import Connection, connect
 from ckptmgr.errors import ConnectionFailed
 
+from .patience import patiently
 from .workspace import Workspace
 
 # Without confinement that a container or chroot has no means for, and a log daemon that nobody
@@ -148,7 +149,7 @@ class _Base:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=patiently(timeout),
             check=False,
         )
 
@@ -169,6 +170,24 @@ class Embedded(_Base):
 
     def environment(self) -> Mapping[str, str]:
         raise StandError("an embedded libvirt is used by one process at a time")
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class System(_Base):
+    """The system's own libvirt: in a host that is there for the tests alone."""
+
+    kind = "system"
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.uri = "qemu:///system"
+        self._pid_files = Path("/run/libvirt/qemu")
+        self.connection = connect(self.uri)
+
+    def environment(self) -> Mapping[str, str]:
+        return {}
 
     def close(self) -> None:
         self.connection.close()
@@ -277,7 +296,7 @@ class Daemon(_Base):
                 start_new_session=True,
             )
         self.workspace.record(self._process.pid)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + patiently(20)
         while True:
             # The socket is there a moment before it is listened to.
             with contextlib.suppress(ConnectionFailed):
@@ -298,7 +317,7 @@ class Daemon(_Base):
         else:
             self._process.terminate()
         try:
-            self._process.wait(10)
+            self._process.wait(patiently(10))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -23,6 +23,7 @@ from lxml import etree
 from .accel import domain_type
 from .images import DiskSpec, info
 from .libvirts import Stand
+from .patience import patiently
 
 _numbers = itertools.count(1)
 
@@ -187,7 +188,7 @@ class Machine:
 
     def gone(self) -> None:
         """Wait until libvirt knows that the machine's QEMU was killed."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + patiently(10)
         while self.domain.isActive():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"libvirt has not noticed that {self.name} was killed")

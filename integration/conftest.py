@@ -80,6 +80,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare this process while it has no threads yet."""
     config.addinivalue_line("markers", "scenario(name): the test's row in the table of the stacks")
+    config.addinivalue_line("markers", "nested: also run in a host with nested KVM, on KVM")
     if config.getoption("--stand") == "daemon" and os.geteuid() == 0:
         try:
             private_mounts()

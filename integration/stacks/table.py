@@ -33,6 +33,8 @@ NO_CHECKPOINTS = "incremental backup is not supported yet"
 
 CELLS = "CKPTMGR_TEST_CELLS"
 STACKS = ("embedded", "daemon", *RELEASES)
+KVM = "kvm"
+"""The column of what ran in a host with nested KVM: ``kvm embedded``, ``kvm daemon``."""
 BETWEEN = "between two"
 _ENGINES = ("auto", *EngineName, "any")
 _STATES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
@@ -42,7 +44,7 @@ _STATES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 class Result:
     """How one test went.
 
-    stack -- one of STACKS, perhaps with something more ("debian11 -drive", "debian12 to debian13")
+    stack -- one of STACKS, or KVM, perhaps with more ("debian11 -drive", "debian12 to debian13")
     word -- passed, refused, skipped, failed, ...
     why -- of what is refused or skipped
     """
@@ -124,7 +126,7 @@ def lines(results: Iterable[Result]) -> list[str]:
         if result.why is not None and result.word in ("refused", "skipped"):
             reasons[f"{result.word} on {result.stack}: {result.why}"] = None
     used = {column for row in rows.values() for column in row}
-    columns = [column for column in (*STACKS, BETWEEN) if column in used]
+    columns = [column for column in (*STACKS, KVM, BETWEEN) if column in used]
     scenarios = list(dict.fromkeys(scenario for scenario, _ in rows))
     ordered = sorted(rows, key=lambda key: (scenarios.index(key[0]), _ENGINES.index(key[1])))
     cells = [("scenario", "engine", *columns)]
@@ -162,19 +164,28 @@ def show(reporter: pytest.TerminalReporter) -> None:
     found = list(results(states))
     kept = os.environ.get(CELLS)
     if kept:
-        with Path(kept).open("a") as file:
-            file.writelines(json.dumps(asdict(result)) + "\n" for result in found)
+        add(Path(kept), found)
     elif any(result.stack not in ("embedded", "daemon") for result in found):
         reporter.section("stacks")
         for line in lines(found):
             reporter.write_line(line)
 
 
+def read(file: Path) -> list[Result]:
+    """The results that runs have added to a file."""
+    return [Result(**json.loads(line)) for line in file.read_text().splitlines()]
+
+
+def add(file: Path, found: Iterable[Result]) -> None:
+    """Add results to a file."""
+    with file.open("a") as kept:
+        kept.writelines(json.dumps(asdict(result)) + "\n" for result in found)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Print the table of the runs whose results are in a file."""
     (file,) = arguments
-    text = Path(file).read_text()
-    for line in lines(Result(**json.loads(each)) for each in text.splitlines()):
+    for line in lines(read(Path(file))):
         print(line)
 
 

@@ -1,0 +1,99 @@
+"""What a host with nested KVM is for: machines on real KVM, and Linux that writes through virtio.
+
+Here too, on whatever there is; ``vagrant/run-nested`` runs it where ``CKPTMGR_TEST_ACCEL`` is kvm.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import ckptmgr
+from integration.conftest import MakeMachine
+from integration.stand import MIB, DiskSpec, Guest, Stand, rounded
+from integration.stand.accel import domain_type
+from integration.stand.guest import Shell
+
+pytestmark = pytest.mark.nested
+
+GRANULARITY = 65536
+
+Ranges = list[tuple[int, int]]
+
+
+@pytest.mark.scenario("on KVM where it should be")
+def test_machines_are_on_the_accelerator_that_was_decided(
+    stand: Stand, make_vm_on: MakeMachine
+) -> None:
+    vm = make_vm_on(stand, [DiskSpec("vda")])
+    said = vm.hmp("info kvm").strip()
+    print(f"info kvm of {vm.name} on the {stand.kind} libvirt: {said}")
+    assert said == f"kvm support: {'enabled' if domain_type() == 'kvm' else 'disabled'}"
+
+
+@pytest.mark.scenario("a Linux guest: create, diff, delete, revert with a branch")
+def test_the_history_of_a_linux_guest_through_a_revert(stand: Stand, tmp_path: Path) -> None:
+    """Every difference is what the guest wrote, before and after its QEMU was replaced."""
+    written: dict[str, Ranges] = {
+        "monday": [(8 * MIB, 70_000), (40 * MIB, 4096)],
+        "tuesday": [(20 * MIB, MIB)],
+        "abandoned": [(30 * MIB + 512, 512), (63 * MIB, MIB)],
+        "reverted": [(50 * MIB, 4096)],
+        "wednesday": [(1 * MIB, 65_536)],
+    }
+
+    def writes(shell: Shell, after: str) -> None:
+        for number, (offset, length) in enumerate(written[after], start=1):
+            shell.write("vda", offset, length, number)
+
+    def expected(*after: str) -> Ranges:
+        return rounded([each for name in after for each in written[name]], GRANULARITY)
+
+    with (
+        Guest(stand, (DiskSpec("vda"),)) as guest,
+        ckptmgr.connect(stand.uri, store=tmp_path / "store") as host,
+    ):
+        domain = host.domain(guest.machine.name)
+
+        def shown(start: str, end: str | None = None) -> Ranges:
+            (disk,) = domain.diff(start, end).disks
+            assert disk.known, disk.reason
+            return disk.extents()
+
+        domain.create("monday")
+        writes(guest.shell, "monday")
+        domain.create("tuesday")
+        writes(guest.shell, "tuesday")
+        assert shown("monday", "tuesday") == expected("monday")
+        assert shown("monday") == expected("monday", "tuesday")
+        before = guest.machine.contents("vda")
+        domain.create_snapshot("good")
+        domain.create("abandoned")
+        writes(guest.shell, "abandoned")
+        assert shown("tuesday", "abandoned") == expected("tuesday")
+
+        replaced = guest.machine.pid
+        branch = domain.revert_snapshot("good")
+        assert guest.machine.pid != replaced
+        assert guest.machine.contents("vda") == before
+        assert branch.parent == "tuesday"
+        guest.reconnect()
+        writes(guest.shell, "reverted")
+        domain.create("wednesday")
+        writes(guest.shell, "wednesday")
+        assert shown(branch.name, "wednesday") == expected("reverted")
+        assert shown("wednesday") == expected("wednesday")
+        # what one line has and the other has not
+        assert shown("abandoned", "wednesday") == expected("tuesday", "reverted")
+
+        domain.delete("tuesday")
+        assert shown("monday", "abandoned") == expected("monday", "tuesday")
+        parents = {each.name: each.parent for each in domain.checkpoints().checkpoints}
+        assert parents == {
+            "monday": None,
+            "abandoned": "monday",
+            branch.name: "monday",
+            "wednesday": branch.name,
+        }
+        assert [each for each in domain.check() if not each.harmless] == []

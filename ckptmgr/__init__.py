@@ -18,11 +18,14 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .align import DiskRequest, parse_disk_spec
     from .backup.catalogue import Catalogue, repository
+    from .backup.retention import Retention
     from .backup.views import (
         DamageView,
         PointDiskView,
         PointsView,
         PointView,
+        PrunedPoint,
+        PruneView,
         RestoredDisk,
         RestoreView,
     )
@@ -101,12 +104,15 @@ __all__ = [
     "PointExists",
     "PointView",
     "PointsView",
+    "PruneView",
+    "PrunedPoint",
     "ReadOnlyConnection",
     "RepositoryDamaged",
     "RepositoryFailed",
     "RestoreFailed",
     "RestoreView",
     "RestoredDisk",
+    "Retention",
     "SnapshotView",
     "State",
     "StoreDamaged",
@@ -121,6 +127,7 @@ __all__ = [
 _ELSEWHERE = {
     ".align": ("DiskRequest", "parse_disk_spec"),
     ".backup.catalogue": ("Catalogue", "repository"),
+    ".backup.retention": ("Retention",),
     ".backup.views": (
         "DamageView",
         "PointDiskView",
@@ -128,6 +135,8 @@ _ELSEWHERE = {
         "PointsView",
         "RestoreView",
         "RestoredDisk",
+        "PruneView",
+        "PrunedPoint",
     ),
     ".checkpoint": ("EngineName", "State"),
     ".consistency": ("Finding",),

@@ -83,7 +83,7 @@ def commit(lineage: Lineage, made: Manifest) -> Manifest:
     return whole
 
 
-def filled(path: Path) -> Lineage:
+def filled(path: Path, *only: str) -> Lineage:
     """monday <- tuesday <- wednesday, and friday on tuesday, in a repository at `path`."""
     repository = Repository(path)
     repository.make()
@@ -97,5 +97,6 @@ def filled(path: Path) -> Lineage:
                 ("friday", "tuesday"),
             ]
         ):
-            commit(lineage, manifest(name, parent, created=NOON + 86400 * day))
+            if not only or name in only:
+                commit(lineage, manifest(name, parent, created=NOON + 86400 * day))
     return lineage

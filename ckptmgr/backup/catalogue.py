@@ -15,8 +15,18 @@ from typing import TYPE_CHECKING
 
 from ..errors import NoPoint
 from .placement import Request
+from .pruning import Pruning, prune, staying
 from .repository import Lineage, Loaded, Repository
-from .views import DamageView, PointsView, RestoreView, point_view
+from .retention import Retention
+from .views import (
+    DamageView,
+    PointsView,
+    PointView,
+    PrunedPoint,
+    PruneView,
+    RestoreView,
+    point_view,
+)
 
 if TYPE_CHECKING:
     from ..plan.steps import Plan
@@ -53,7 +63,8 @@ class Catalogue:
         Raises NoPoint if there is none of `domain`, RepositoryFailed.
         """
         found = self._loaded(domain)
-        points, damaged = [], []
+        points: list[PointView] = []
+        damaged: list[DamageView] = []
         for lineage, loaded in found:
             wanted = set(loaded.points.manifests if domain is None else loaded.points.of(domain))
             for name in loaded.points.topological():
@@ -67,9 +78,7 @@ class Catalogue:
                             broken=loaded.points.broken(name),
                         )
                     )
-            damaged += [
-                DamageView(lineage.key, damage.point, damage.message) for damage in loaded.damaged
-            ]
+            damaged += _damage_views(lineage, loaded)
         return PointsView(tuple(points), tuple(damaged))
 
     def restore(
@@ -118,6 +127,69 @@ class Catalogue:
         kept = restoring.find(self._repository, domain, point)
         return restoring.plan_restore(kept, _request(point, folder, disks, onto, flatten))
 
+    def plan_prune(self, retention: Retention, domain: str | None = None) -> PruneView:
+        """What `prune` would do.  Changes nothing; raises as that."""
+        decided = [
+            self._decide(lineage, loaded, retention, domain)[1]
+            for lineage, loaded in self._loaded(domain)
+        ]
+        return _together(decided, dry_run=True)
+
+    def prune(
+        self, retention: Retention, domain: str | None = None, *, lock_timeout: float = LOCK_TIMEOUT
+    ) -> PruneView:
+        """Let the points go that `retention` does not keep; those that stay take over their data.
+
+        Points of which a restored overlay still needs an image stay, and so do broken ones.
+        Interrupted, it leaves every point that is there whole, and the next one goes on.
+
+        Raises NoPoint, Busy, RepositoryFailed, and RepositoryDamaged where data that is to be taken
+        over is not what its digests say: then nothing of that is lost or handed on.
+        """
+        from .compaction import carry_out  # libnbd, which few commands need
+
+        decided = []
+        for lineage, _ in self._loaded(domain):
+            with lineage.lock(lock_timeout):
+                lineage.settle()
+                loaded = lineage.load()
+                pruning, view = self._decide(lineage, loaded, retention, domain)
+                carry_out(lineage, loaded.points, pruning)
+                decided.append(view)
+        return _together(decided, dry_run=False)
+
+    def _decide(
+        self, lineage: Lineage, loaded: Loaded, retention: Retention, domain: str | None
+    ) -> tuple[Pruning, PruneView]:
+        """What is to be done in one lineage, and what is told of it."""
+        from .compaction import held_back
+
+        points = loaded.points
+        chosen = set(points.manifests if domain is None else points.of(domain))
+        reasons = staying(points, domain, retention)
+        for name, others in held_back(lineage, loaded).items():
+            if name in chosen:
+                reasons[name] = (*reasons.get(name, ()), *others)
+        pruning = prune(points, chosen - reasons.keys())
+        merges = {
+            rewrite.manifest.name: tuple(merging.disk for merging in rewrite.merges)
+            for rewrite in pruning.rewrites
+        }
+        told = tuple(
+            PrunedPoint(
+                lineage=lineage.key,
+                domain=point.domain_name,
+                uuid=point.domain_uuid,
+                name=point.name,
+                created=point.created,
+                bytes=sum(disk.bytes for disk in point.disks),
+                reasons=reasons.get(point.name, ()),
+                merges=merges.get(point.name, ()),
+            )
+            for point in (points.get(name) for name in points.by_time() if name in chosen)
+        )
+        return pruning, PruneView(True, told, _damage_views(lineage, loaded))
+
     def _loaded(self, domain: str | None) -> list[tuple[Lineage, Loaded]]:
         """The lineages in question."""
         found = [(each, each.load()) for each in self._repository.lineages()]
@@ -146,3 +218,15 @@ def _request(
     volumes = {disk: Path(path) for disk, path in (onto or {}).items()}
     place = None if folder is None else Path(folder)
     return Request(point, place, tuple(disks), volumes, flatten)
+
+
+def _damage_views(lineage: Lineage, loaded: Loaded) -> tuple[DamageView, ...]:
+    return tuple(DamageView(lineage.key, each.point, each.message) for each in loaded.damaged)
+
+
+def _together(views: list[PruneView], *, dry_run: bool) -> PruneView:
+    return PruneView(
+        dry_run,
+        tuple(point for view in views for point in view.points),
+        tuple(damage for view in views for damage in view.damaged),
+    )

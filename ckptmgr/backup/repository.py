@@ -2,7 +2,7 @@
 
     REPO/<uuid>/             a lineage: the points of one domain, and of what was restored from them
         lock                 see store/lock.py
-        prune.json           Rewriting, see rewriting.py: only while one is under way
+        prune.json           a change of a point under way, see rewriting.py
         <point>/
             manifest.json    manifest.py; written last
             vda.qcow2, vda.digests, domain.xml, ...
@@ -29,6 +29,7 @@ from pathlib import Path
 from ..checkpoint import check_name
 from ..errors import InvalidRequest, PointExists, RepositoryDamaged, RepositoryFailed
 from ..store import files, lock
+from . import rewriting
 from .failure import failing, of_the_repository
 from .manifest import Manifest, PointDisk, PointFile, format_manifest, parse_manifest
 from .points import Points
@@ -156,6 +157,11 @@ class Lineage:
         """All points that can be read, and what cannot.  Raises RepositoryFailed."""
         manifests: dict[str, Manifest] = {}
         damaged: list[Damage] = []
+        under_way = None
+        try:
+            under_way = rewriting.read(self.path)
+        except RepositoryDamaged as error:
+            damaged.append(Damage(self.path / rewriting.RECORD, None, error.message))
         for name in self.names():
             if name.startswith(".") or not _is_folder(self.path / name):
                 continue
@@ -165,6 +171,9 @@ class Lineage:
             except RepositoryDamaged as error:
                 if _is_folder(path.parent):  # else it was removed since the folder was listed
                     damaged.append(Damage(path, name, f"{path}: {error.message}"))
+        if under_way is not None and under_way.point in manifests:
+            changing = manifests[under_way.point]
+            manifests[under_way.point] = rewriting.seen(self.path, under_way, changing)
         return Loaded(Points(manifests), tuple(damaged))
 
     def image(self, point: Manifest, disk: str) -> Path:
@@ -201,11 +210,15 @@ class Lineage:
     # --- writing -----------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Clear away what was interrupted: points that were being made or removed.
+        """Complete a change that was interrupted, and clear away what is left of points that were
+        being made or removed.
 
-        Raises RepositoryFailed.
+        Raises RepositoryFailed, and RepositoryDamaged if the record of a change cannot be read.
         """
         self.require_lock()
+        under_way = rewriting.read(self.path)
+        if under_way is not None:
+            rewriting.complete(self.path, under_way, MANIFEST)
         with of_the_repository():
             for name in self.names():
                 path = self.path / name
@@ -213,6 +226,16 @@ class Lineage:
                     files.remove(path, sync=False)
                 elif (PARTIAL.fullmatch(name) or GONE.fullmatch(name)) and _is_folder(path):
                     files.remove_tree(path)  # what comes back is cleared away again
+        for name, manifest in self.load().points.manifests.items():
+            rewriting.sweep(self.path / name, manifest)
+
+    def remove(self, name: str) -> None:
+        """Remove a point on which nothing stands any more.  Raises RepositoryFailed."""
+        self.require_lock()
+        gone = self.path / f".{check_name(name)}.gone"
+        with of_the_repository():
+            files.move(self.path / name, gone)
+            files.remove_tree(gone)  # what comes back is cleared away by `settle`
 
     def draft(self, name: str) -> Draft:
         """Begin a point.  Raises InvalidRequest, PointExists, RepositoryFailed."""

@@ -108,6 +108,63 @@ class PointsView:
         }
 
 
+@dataclass(frozen=True)
+class PrunedPoint:
+    """A point that a prune decided on.
+
+    reasons -- why it stays; none: it goes
+    merges -- its disks that take over what points that go hold
+    """
+
+    lineage: str
+    domain: str
+    uuid: str
+    name: str
+    created: int
+    bytes: int
+    reasons: tuple[str, ...] = ()
+    merges: tuple[str, ...] = ()
+
+    @property
+    def stays(self) -> bool:
+        """Whether it stays."""
+        return bool(self.reasons)
+
+    def json(self) -> dict[str, Any]:
+        """The entry of ``"points"``."""
+        return {
+            "domain": self.domain,
+            "uuid": self.uuid,
+            "lineage": self.lineage,
+            "name": self.name,
+            "created": timestamp(self.created),
+            "bytes": self.bytes,
+            "stays": self.stays,
+            "reasons": list(self.reasons),
+            "merges": list(self.merges),
+        }
+
+
+@dataclass(frozen=True)
+class PruneView:
+    """What a prune decided, the oldest point first; and whether it was done.
+
+    damaged -- manifests that cannot be used; their points stay
+    """
+
+    dry_run: bool
+    points: tuple[PrunedPoint, ...]
+    damaged: tuple[DamageView, ...] = ()
+
+    def json(self) -> dict[str, Any]:
+        """The document of prune."""
+        return {
+            "dry_run": self.dry_run,
+            "points": [point.json() for point in self.points],
+            "damaged": [damage.json() for damage in self.damaged],
+        }
+
+
 def point_view(
     lineage: str, folder: str, point: Manifest, *, parent: str | None, broken: str | None
 ) -> PointView:

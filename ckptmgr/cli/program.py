@@ -23,6 +23,7 @@ from . import (
     diff,
     hook,
     points,
+    prune,
     restore,
     snapshots,
 )
@@ -79,6 +80,7 @@ for _module in (
     backup,
     points,
     restore,
+    prune,
     hook,
     completion,
 ):

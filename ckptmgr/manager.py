@@ -30,7 +30,7 @@ from .errors import CkptmgrError, InvalidRequest, NoCheckpoint
 from .operation.listing import recorded_disks, select, view
 from .operation.observation import observe
 from .operation.session import Session
-from .store import Store
+from .store import Loaded, Store
 from .views import CheckpointView, DiffView, DomainView, ListView, SnapshotView
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ def _names_domain(
     return named
 
 
+def _settled(session: Session) -> Loaded:
+    return operation.recovery.settled(session)
+
+
 def _engine_name(engine: str) -> EngineName | None:
     if engine == "auto":
         return None
@@ -122,9 +126,8 @@ class Host:
     def domain(self, name: str) -> Domain:
         """The domain with that name, UUID or id.  Raises NoDomain."""
         adapter = self._connection.domain(name)
-        return Domain(
-            Session(adapter, self._store.domain(adapter.uuid), self._settings, self._asked)
-        )
+        store = self._store.domain(adapter.uuid)
+        return Domain(Session(adapter, store, self._settings, self._asked, _settled))
 
     def domain_names(self) -> list[str]:
         """Names of all domains, running or not."""

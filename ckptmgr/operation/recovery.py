@@ -10,9 +10,21 @@ from ..errors import CkptmgrError, ConnectionFailed, StoreDamaged, StoreFailed
 from ..plan.steps import CheckpointDelete
 from ..store import Intent, Loaded
 from . import archive, creation, deletion, reversion
+from .noticing import notice
+from .pausing import go_on
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
+
+
+def settled(session: Session) -> Loaded:
+    """What the store has when all that was left behind is settled; to be called under the lock.
+
+    That is an interrupted operation, a domain that was to stand still for a moment only, and a
+    domain that went back in time.
+    """
+    settle(session)
+    return notice(session, go_on(session, session.loaded()))
 
 
 def settle(session: Session) -> None:

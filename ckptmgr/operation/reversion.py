@@ -362,7 +362,7 @@ def _fitting(session: Session) -> Session:
     try:
         session.choice  # noqa: B018 -- raises if it cannot be
     except Unsupported:
-        return Session(session.adapter, session.store, session.settings, None)
+        return session.with_any_engine()
     return session
 
 

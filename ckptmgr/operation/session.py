@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -93,6 +93,7 @@ class Session:
     """What every use case needs to know, looked up once.
 
     asked -- the engine that the user wants; None: the one that fits
+    settled -- settles, under the lock, what an interrupted operation or another tool left behind
     """
 
     def __init__(
@@ -101,11 +102,13 @@ class Session:
         store: DomainStore,
         settings: Settings,
         asked: EngineName | None,
+        settled: Callable[[Session], Loaded],
     ) -> None:
         self.adapter = adapter
         self.store = store
         self.settings = settings
         self.asked = asked
+        self._settled = settled
 
     @property
     def view(self) -> DomainView:
@@ -170,7 +173,11 @@ class Session:
 
     def renewed(self) -> Session:
         """The same domain, with nothing looked up yet."""
-        return Session(self.adapter, self.store, self.settings, self.asked)
+        return Session(self.adapter, self.store, self.settings, self.asked, self._settled)
+
+    def with_any_engine(self) -> Session:
+        """The same domain, with the engine that fits, whichever was asked for."""
+        return Session(self.adapter, self.store, self.settings, None, self._settled)
 
     def loaded(self) -> Loaded:
         """What the store has, with a current checkpoint; see `with_current`."""
@@ -291,18 +298,9 @@ class Session:
     @contextmanager
     def locked(self) -> Iterator[Loaded]:
         """Hold the domain's lock; what an interrupted operation left behind is settled first."""
-        from .noticing import notice
-        from .recovery import settle
-
         self.require_writable()
         with self.store.lock(self.settings.lock_timeout):
-            settle(self)
-            loaded = self.loaded()
-            if loaded.record.paused is not None:
-                from .pausing import go_on
-
-                loaded = go_on(self, loaded)
-            yield notice(self, loaded)
+            yield self._settled(self)
 
     def clear_intent(self) -> None:
         """The operation is done; if the intent stays, the next command finds nothing to do."""

@@ -74,7 +74,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="embedded",
         help="which private libvirt the integration tests run on",
     )
-    parser.addoption("--long", action="store_true", help="thousands of random steps, not hundreds")
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="more cases, and thousands of random steps, not hundreds",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,6 +7,7 @@ import random
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ class Timeline:
         self._written = [self._nothing()]
         self._pattern = 0
         self._random = random.Random("ckptmgr")
+
+    def continued(self, machine: Machine) -> Timeline:
+        """This one until now, which goes on with a machine whose images are copies."""
+        other = Timeline(machine)
+        other.cuts = list(self.cuts)
+        other._contents = dict(self._contents)
+        other._written = deepcopy(self._written)
+        other._pattern = self._pattern
+        other._random.setstate(self._random.getstate())
+        return other
 
     def _nothing(self) -> dict[str, bytearray]:
         return {target: bytearray(size) for target, size in self.sizes.items()}

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ from ckptmgr.store import Intent, Store
 from ckptmgr.xml import NAMESPACE
 from integration.conftest import MakeMachine
 from integration.evidence import Timeline, bitmaps, files, gaps, known, unchanged
-from integration.stand import MIB, Daemon, DiskSpec, Machine
+from integration.stand import MIB, Daemon, DiskSpec, Embedded, Machine, Stand
 
 DISKS = (
     DiskSpec("vda", size=12 * MIB + 1536),
@@ -160,19 +161,66 @@ class Scene:
         self.goes_on()
 
 
-@pytest.fixture(params=["paused", "stopped"])
-def scene(request: pytest.FixtureRequest, make_vm: MakeMachine, tmp_path: Path) -> Iterator[Scene]:
-    machine = make_vm(DISKS, state=request.param)
-    store = tmp_path / "store"
-    with ckptmgr.connect(machine.uri, store=store) as host:
-        scene = Scene(machine, host, store, Timeline(machine), request.param)
-        for name in NAMES:
-            scene.create(name)
+class Prepared:
+    """A machine with three checkpoints, made once; each test gets it as it was then.
+
+    state -- paused or stopped
+    """
+
+    def __init__(self, stand: Stand, state: str, folder: Path) -> None:
+        self._state = state
+        self._images, self._store = folder / "images", folder / "store"
+        self._machine = machine = Machine(stand, DISKS, state=state)
+        self._timeline = Timeline(machine)
+        with ckptmgr.connect(machine.uri, store=self._store) as host:
+            scene = Scene(machine, host, self._store, self._timeline, state)
+            for name in NAMES:
+                scene.create(name)
+            assert scene.codes() == set()
+        if machine.active:
+            machine.stop()
+        self._xml = machine.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        self._documents = [
+            machine.domain.checkpointLookupByName(name).getXMLDesc() for name in NAMES
+        ]
+        shutil.copytree(machine.folder, self._images)
+        machine.destroy()
+
+    @contextmanager
+    def scene(self, store: Path) -> Iterator[Scene]:
+        """The machine, with a store that is not there yet."""
+        machine = copy(self._machine)
+        machine.images = dict(self._machine.images)
+        shutil.rmtree(machine.folder)
+        shutil.copytree(self._images, machine.folder)
+        shutil.copytree(self._store, store)
+        machine.domain = machine.stand.handle.defineXML(self._xml)
+        try:
+            for document in self._documents:
+                machine.domain.checkpointCreateXML(document, REDEFINE)
+            if self._state == "paused":
+                machine.start()
+            with ckptmgr.connect(machine.uri, store=store) as host:
+                yield Scene(machine, host, store, self._timeline.continued(machine), self._state)
+        finally:
+            machine.destroy()
+
+
+@pytest.fixture(scope="module", params=["paused", "stopped"])
+def prepared(
+    request: pytest.FixtureRequest, embedded: Embedded, tmp_path_factory: pytest.TempPathFactory
+) -> Prepared:
+    return Prepared(embedded, request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def scene(prepared: Prepared, tmp_path: Path) -> Iterator[Scene]:
+    with prepared.scene(tmp_path / "store") as scene:
         assert scene.codes() == set()
         yield scene
 
 
-running = pytest.mark.parametrize("scene", ["paused"], indirect=True)
+running = pytest.mark.parametrize("prepared", ["paused"], indirect=True)
 """For what can only happen to a running machine."""
 
 
@@ -522,15 +570,15 @@ def test_images_that_were_put_back(scene: Scene, definition: bool) -> None:
     if scene.machine.active:
         scene.machine.stop()
     kept = {path: path.with_suffix(".kept") for path in scene.machine.images.values()}
-    for path, copy in kept.items():
-        shutil.copyfile(path, copy)
+    for path, kept_copy in kept.items():
+        shutil.copyfile(path, kept_copy)
     xml = scene.machine.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
     then = {target: scene.machine.contents(target) for target in BOTH}
     scene.machine.start()
     scene.create("c3")
     scene.machine.stop()
-    for path, copy in kept.items():
-        shutil.move(copy, path)
+    for path, kept_copy in kept.items():
+        shutil.move(kept_copy, path)
     if definition:
         scene.machine.domain = scene.machine.stand.handle.defineXML(xml)
     assert {target: scene.machine.contents(target) for target in BOTH} == then

@@ -179,6 +179,77 @@ def test_a_checkpoint_is_recorded_anew(domain: DomainStore) -> None:
     assert domain.load().history.get("c1").description == "new"
 
 
+@pytest.fixture()
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the documents that are read; files count as settled at once."""
+    names: list[str] = []
+    read = files.read
+
+    def noted(path: Path) -> bytes:
+        if path.suffix == ".xml":
+            names.append(path.name)
+        return read(path)
+
+    monkeypatch.setattr(files, "_SETTLED", -(10**9))
+    monkeypatch.setattr(files, "read", noted)
+    return names
+
+
+def test_a_document_is_read_once_as_long_as_it_is_the_same(
+    domain: DomainStore, seen: list[str]
+) -> None:
+    fill(domain)
+    seen.clear()
+    first = domain.load()
+    assert seen == ["c1.xml", "c2.xml"]
+    assert domain.load() == first
+    assert seen == ["c1.xml", "c2.xml"]
+    assert domain.load(afresh=True) == first
+    assert seen == ["c1.xml", "c2.xml"] * 2
+
+
+def test_a_document_that_somebody_else_changed_is_read_again(
+    domain: DomainStore, seen: list[str]
+) -> None:
+    fill(domain)
+    domain.load()
+    seen.clear()
+    other = DomainStore(domain.path, domain.uuid)
+    with other.lock(0):
+        other.save_checkpoint(replace(checkpoint("c1"), description="TEXT"))
+        other.remove_checkpoint("c2")
+    seen.clear()
+    assert set(domain.load().history.checkpoints) == {"c1"}
+    assert domain.load().history.get("c1").description == "TEXT"
+    assert seen == ["c1.xml"]
+
+
+def test_damage_of_the_same_length_to_a_document_that_was_read_is_seen(
+    domain: DomainStore, seen: list[str]
+) -> None:
+    fill(domain)
+    domain.load()
+    path = domain.path / "c1.xml"
+    content = path.read_bytes()
+    time.sleep(0.05)  # some ticks of the clock that files are stamped by
+    path.write_bytes(content.replace(b"text", b"next"))
+    assert [damage.path for damage in domain.load().damaged] == [path]
+    time.sleep(0.05)
+    path.write_bytes(content)
+    assert domain.load().damaged == ()
+    assert seen.count("c2.xml") == 1 + 1  # saving it looked whether it was there
+
+
+def test_a_document_that_was_written_just_now_is_not_taken_for_settled(
+    domain: DomainStore,
+) -> None:
+    fill(domain)
+    domain.load()
+    path = domain.path / "c1.xml"
+    path.write_bytes(path.read_bytes().replace(b"text", b"next"))
+    assert [damage.path for damage in domain.load().damaged] == [path]
+
+
 def test_removing_what_is_not_there_is_done_already(domain: DomainStore) -> None:
     with domain.lock(0):
         domain.remove_checkpoint("c9")

@@ -37,7 +37,7 @@ def observe_all(session: Session) -> Observation:
     engine asked for is libvirt's or the connection only allows reading: then only those of known
     checkpoints can be judged.
     """
-    stored = session.store.load()
+    stored = session.store.load(afresh=True)
     loaded = session.loaded()
     known = _known(session, loaded)
     asked_of_libvirt = session.active and (

@@ -85,6 +85,7 @@ class DomainStore:
         self.path = path
         self.uuid = uuid
         self._locked = False
+        self._read: dict[str, tuple[files.Stamp, Checkpoint]] = {}
 
     @contextmanager
     def lock(self, timeout: float) -> Iterator[None]:
@@ -103,8 +104,13 @@ class DomainStore:
 
     # --- reading -----------------------------------------------------------------------------
 
-    def load(self) -> Loaded:
-        """All checkpoints that can be read, and what cannot.  Raises StoreFailed."""
+    def load(self, *, afresh: bool = False) -> Loaded:
+        """All checkpoints that can be read, and what cannot.  Raises StoreFailed.
+
+        afresh -- read all documents; or else only those that changed since this object read them
+        """
+        if afresh:
+            self._read.clear()
         damaged: list[Damage] = []
         checkpoints: dict[str, Checkpoint] = {}
         # First the record: the document of what it names is written before, removed after it.
@@ -113,7 +119,7 @@ class DomainStore:
             if not name.endswith(_DOCUMENT) or name.startswith("."):
                 continue
             try:
-                checkpoint = self._load_checkpoint(name)
+                checkpoint = self._load_unless_read(name)
             except FileNotFoundError:
                 continue  # removed since the folder was listed
             except (StoreDamaged, InvalidDocument) as error:
@@ -322,6 +328,20 @@ class DomainStore:
             return files.read(path) == data
         except (OSError, StoreDamaged):
             return False
+
+    def _load_unless_read(self, name: str) -> Checkpoint:
+        """`_load_checkpoint`, or what it gave when the document was the same file.
+
+        A history is long, and a command changes a document or two of it.
+        """
+        stamp = files.stamp(self.path / name)
+        if name in self._read and self._read[name][0] == stamp:
+            return self._read[name][1]
+        self._read.pop(name, None)
+        checkpoint = self._load_checkpoint(name)
+        if stamp is not None:
+            self._read[name] = stamp, checkpoint
+        return checkpoint
 
     def _load_checkpoint(self, name: str) -> Checkpoint:
         """The checkpoint in the document `name`.

@@ -19,6 +19,7 @@ import errno
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -208,6 +209,23 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise StoreDamaged(f"{path} is not a regular file")
     return descriptor
+
+
+Stamp = tuple[int, ...]
+"""What tells one content of a file from another: its inode, size and times."""
+
+_SETTLED = 1_000_000_000  # ns, many ticks of any file system's clock
+
+
+def stamp(path: Path) -> Stamp | None:
+    """The stamp of a file; None if it changed so lately that it may change and keep its stamp.
+
+    Raises OSError.
+    """
+    found = path.lstat()
+    if time.time_ns() - found.st_ctime_ns < _SETTLED:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read(path: Path) -> bytes:

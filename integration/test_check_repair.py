@@ -260,14 +260,11 @@ def test_a_missing_bitmap_costs_what_it_alone_knew(scene: Scene, name: str) -> N
 def test_bitmaps_that_a_crash_lost(scene: Scene) -> None:
     if scene.state == "stopped":
         scene.machine.start()
-        scene.domain.create("c3")
-        scene.timeline.cut("c3")
+    scene.domain.create("c3")  # those before are in the image
+    scene.timeline.cut("c3")
     scene.machine.kill()
     scene.restart()
-    codes = ["missing-bitmap"]
-    if scene.state == "stopped":
-        codes.append("inconsistent-bitmap")
-    scene.heals(*codes)
+    scene.heals("missing-bitmap", "inconsistent-bitmap")
     assert scene.known("c0", "c2") == BOTH
     assert scene.known("c0") == set()
 

@@ -49,9 +49,7 @@ MakeMachine = Callable[..., Machine]
 # with --unproven, and belong to the issues that are still open.
 UNPROVEN = (
     "test_check_repair.py",
-    "test_fifty_processes.py",
     "test_histories.py",
-    "test_kill_points.py",
     "test_long_history.py",
     "test_remote.py",
     "test_snapshots.py",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -259,12 +259,18 @@ def test_help_needs_neither_libvirt_nor_lxml() -> None:
     assert not {"rich", "lxml", "libvirt", "nbd", "pyroaring"} & modules
 
 
-def test_version_takes_less_than_150_ms() -> None:
+def test_version_takes_less_than_150_ms_of_processor_time() -> None:
+    """The clock on the wall would tell as well what else the machine does."""
+
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     times = []
     for _ in range(8):
-        start = time.perf_counter()
+        start = spent()
         assert run_process("--version").returncode == 0
-        times.append(time.perf_counter() - start)
+        times.append(spent() - start)
     assert min(times) < 0.15
 
 

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         StoreFailed,
         Unsupported,
     )
-    from .manager import Domain, Host, connect
+    from .manager import BackupOptions, Domain, Host, connect
     from .plan.steps import Plan
     from .views import (
         CheckpointView,
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BackupOptions",
     "BitmapBroken",
     "Busy",
     "Catalogue",
@@ -141,7 +142,7 @@ _ELSEWHERE = {
     ".checkpoint": ("EngineName", "State"),
     ".consistency": ("Finding",),
     ".dirtymap": ("DirtyMap",),
-    ".manager": ("Domain", "Host", "connect"),
+    ".manager": ("BackupOptions", "Domain", "Host", "connect"),
     ".plan.steps": ("Plan",),
     ".views": (
         "CheckpointView",

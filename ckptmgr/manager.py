@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
 
 from . import operation
 from .checkpoint import EngineName
@@ -90,6 +90,43 @@ def _names_domain(
 
 def _settled(session: Session) -> Loaded:
     return operation.recovery.settled(session)
+
+
+class BackupOptions(TypedDict, total=False):
+    """How `Domain.backup` makes a restore point.
+
+    full -- stand on no other point; default: of each disk what changed since the last one
+    disks -- targets or paths; default: all disks that hold data
+    compress -- with zstd
+    quiesce -- freeze the guest's file systems for that instant; default: if its agent is there
+    pause -- have the guest stand still for that instant
+    limit -- bytes per second; default: none
+    """
+
+    full: bool
+    disks: Sequence[str]
+    compress: bool
+    quiesce: bool | None
+    pause: bool
+    limit: int | None
+
+
+def _backup_request(
+    repository: str | Path, name: str | None, options: BackupOptions
+) -> operation.point.Request:
+    limit = options.get("limit")
+    if limit is not None and limit <= 0:
+        raise InvalidRequest(f"{limit} bytes per second are no limit to work with")
+    return operation.point.Request(
+        Path(repository).absolute(),
+        name,
+        full=options.get("full", False),
+        disks=tuple(options.get("disks", ())),
+        compress=options.get("compress", False),
+        quiesce=options.get("quiesce"),
+        pause=options.get("pause", False),
+        limit=limit,
+    )
 
 
 def _engine_name(engine: str) -> EngineName | None:
@@ -298,31 +335,22 @@ class Domain:
         repository: str | Path,
         name: str | None = None,
         *,
-        full: bool = False,
-        disks: Sequence[str] = (),
-        compress: bool = False,
-        quiesce: bool | None = None,
-        pause: bool = False,
-        limit: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        **options: Unpack[BackupOptions],
     ) -> PointView:
         """Make a restore point of what the domain is at this instant.
 
         repository -- folder of the repository; it is made if it is not there
         name -- of the point and its checkpoint; default: the time in seconds
-        full -- stand on no other point; default: of each disk what changed since the last one
-        disks -- targets or paths; default: all disks that hold data
-        compress -- with zstd
-        quiesce -- freeze the guest's file systems for that instant; default: if its agent is there
-        pause -- have the guest stand still for that instant
-        limit -- bytes per second; default: none
         progress -- called with a disk, how many bytes of it are done, and of how many
+        options -- see `BackupOptions`
         """
-        asked = self._backup_request(repository, name, full, disks, compress, quiesce, pause, limit)
         from .backup.views import point_view  # most commands make no point
 
         lineage, made = operation.backup.backup(
-            self._now, asked, progress or (lambda disk, done, total: None)
+            self._now,
+            _backup_request(repository, name, options),
+            progress or (lambda disk, done, total: None),
         )
         folder = str(lineage.path / made.name)
         return point_view(lineage.key, folder, made, parent=made.parent, broken=None)
@@ -332,41 +360,11 @@ class Domain:
         self,
         repository: str | Path,
         name: str | None = None,
-        *,
-        full: bool = False,
-        disks: Sequence[str] = (),
-        compress: bool = False,
-        quiesce: bool | None = None,
-        pause: bool = False,
-        limit: int | None = None,
+        **options: Unpack[BackupOptions],
     ) -> Plan:
         """What backup() would do."""
-        asked = self._backup_request(repository, name, full, disks, compress, quiesce, pause, limit)
+        asked = _backup_request(repository, name, options)
         return operation.backup.plan_backup(self._now, asked)
-
-    def _backup_request(
-        self,
-        repository: str | Path,
-        name: str | None,
-        full: bool,
-        disks: Sequence[str],
-        compress: bool,
-        quiesce: bool | None,
-        pause: bool,
-        limit: int | None,
-    ) -> operation.point.Request:
-        if limit is not None and limit <= 0:
-            raise InvalidRequest(f"{limit} bytes per second are no limit to work with")
-        return operation.point.Request(
-            Path(repository).absolute(),
-            name,
-            full,
-            tuple(disks),
-            compress,
-            quiesce,
-            pause,
-            limit,
-        )
 
     # --- snapshots ---------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""The demonstration: a throw-away Linux VM, checkpoints while it writes, what changed between.
+"""The demonstration: a throw-away Linux VM, checkpoints while it writes, what changed between;
+backups, a revert, a backup of the branch, and a restore that is compared with the VM.
 
 Every line that begins with a $ is a command that is run for real, as a process, on a libvirt
 embedded in a temporary folder.  Nothing outside that folder is touched and nothing is left.
@@ -47,6 +48,7 @@ class Demo:
         self._environment["LIBVIRT_DEFAULT_URI"] = self._uri
         self._ckptmgr = str(Path(sys.executable).with_name("ckptmgr"))
         self._shell: Shell | None = None
+        self.images: dict[str, Path] = {}
 
     # --- the machine ------------------------------------------------------------------------
 
@@ -56,6 +58,7 @@ class Demo:
         (self._root / "etc/qemu.conf").write_text(qemu_conf())
         images = self._workspace.folder("i")
         paths = {disk.target: path for disk in DISKS if (path := disk.make(images))}
+        self.images = paths
         boot = Boot.prepare(self._workspace.folder("g"))
         definition = images / "demo.xml"
         definition.write_text(
@@ -70,8 +73,23 @@ class Demo:
         )
         self._virsh("define", str(definition))
         self._virsh("start", "demo")
-        self._workspace.record(int((self._root / "run/qemu/demo.pid").read_text()))
+        self._record()
         self._shell = Shell(boot)
+
+    def _record(self) -> None:
+        """See that the VM ends with this program."""
+        self._workspace.record(int((self._root / "run/qemu/demo.pid").read_text()))
+
+    def came_back(self) -> None:
+        """The VM's QEMU was replaced by a revert: talk to the new one."""
+        self._record()
+        boot = self.guest.boot
+        self.guest.close()
+        self._shell = Shell(boot)
+
+    def folder(self, name: str) -> Path:
+        """A new folder that ends with this program."""
+        return self._workspace.folder(name)
 
     def _virsh(self, *arguments: str) -> None:
         done = subprocess.run(
@@ -115,6 +133,14 @@ class Demo:
         done = subprocess.run(command, env=self._environment, check=True, stdout=subprocess.PIPE)
         disks = json.loads(done.stdout)["disks"]
         return {disk["name"]: [tuple(each) for each in disk["extents"]] for disk in disks}
+
+    def same(self, image: Path, target: str) -> bool:
+        """Whether an image reads as the disk of the VM, which writes nothing now."""
+        self._virsh("suspend", "demo")
+        command = ["qemu-img", "compare", "-q", "-U", str(image), str(self.images[target])]
+        same = subprocess.run(command, check=False).returncode == 0
+        self._virsh("resume", "demo")
+        return same
 
     def close(self) -> None:
         """Hang up; the workspace ends the machine."""
@@ -173,6 +199,37 @@ def run(demo: Demo) -> None:
     screen.print(
         "\n[green]Compared: that is what the VM wrote, rounded to 64 KiB, and nothing else.[/]"
     )
+    back_up(demo)
+
+
+def back_up(demo: Demo) -> None:
+    """Backups across a revert, and a restore."""
+    repository = str(demo.folder("b"))
+    tell("5. A backup: the first is a full one, the next has what changed.")
+    demo.show("backup", "demo", repository, "friday", "--compress", "zstd")
+    demo.write({"vda": [(40 * MIB, MIB)]}, "some work")
+    demo.show("snapshot", "create", "demo", "good")
+    demo.show("backup", "demo", repository, "saturday", "--compress", "zstd")
+    demo.write(
+        {"vda": [(60 * MIB, 2 * MIB)], "vdb": [(700 * MIB, MIB)]}, "something that goes wrong"
+    )
+
+    tell("6. We go back to the snapshot. The history forks there, and the next backup knows.")
+    demo.show("snapshot", "revert", "demo", "good")
+    demo.came_back()
+    demo.write({"vdb": [(300 * MIB, MIB)]}, "what should have been done")
+    demo.show("backup", "demo", repository, "sunday", "--compress", "zstd")
+    demo.show("list", "demo", "--tree")
+    demo.show("points", repository, "--tree")
+
+    tell("7. Is the repository whole? And does the VM's present state come out of it?")
+    # demo.show("verify", repository)
+    restored = demo.folder("o")
+    demo.show("restore", repository, "demo", "sunday", str(restored), "--flatten")
+    for disk in DISKS:
+        if not demo.same(restored / f"{disk.target}.qcow2", disk.target):
+            raise SystemExit(f"{disk.target}: the restored disk is not what the VM has")
+    screen.print("\n[green]Compared: the restored disks are those of the VM, byte for byte.[/]")
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

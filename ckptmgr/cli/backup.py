@@ -16,6 +16,7 @@ from .session import Command, Session
 
 if TYPE_CHECKING:
     from ..backup.views import PointView
+    from ..manager import BackupOptions
 
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
 
@@ -80,31 +81,19 @@ def backup(
     """
     from .progress import CopyProgress
 
+    options: BackupOptions = {
+        "full": full,
+        "disks": disks,
+        "compress": compress == "zstd",
+        "quiesce": quiesce,
+        "pause": pause,
+        "limit": limit,
+    }
     with session.domain(domain) as target:
         if dry_run:
-            plan = target.plan_backup(
-                repository,
-                point,
-                full=full,
-                disks=disks,
-                compress=compress == "zstd",
-                quiesce=quiesce,
-                pause=pause,
-                limit=limit,
-            )
-            return planned(plan)
+            return planned(target.plan_backup(repository, point, **options))
         with CopyProgress(quiet=session.verbosity < 0) as progress:
-            made: PointView = target.backup(
-                repository,
-                point,
-                full=full,
-                disks=disks,
-                compress=compress == "zstd",
-                quiesce=quiesce,
-                pause=pause,
-                limit=limit,
-                progress=progress,
-            )
+            made: PointView = target.backup(repository, point, progress=progress, **options)
     return Answer(made.json, lambda _: names([made.name]))
 
 

@@ -2,22 +2,24 @@
 
 ``embedded``   qemu:///embed in this process
 ``daemon``     a libvirtd of our own, which virsh and the command line reach as well
-``stand``      the private libvirt of this run, whichever that is
+``local``      the embedded libvirt, or on the stacks each of them in turn
+``stand``      the same, and the daemon in its run as well
 ``stack``      a libvirt and QEMU of another release, each in turn; ``stacks(name)`` gives one
-``make_vm``    ``make_vm(disks, ...)`` -> Machine on the embedded stand; ended after the test
+``make_vm``    ``make_vm(disks, ...)`` -> Machine on the local stand; ended after the test
 ``make_vm_on`` ``make_vm_on(stand, disks, ...)``, the same on any stand
 
 One process cannot have both an embedded libvirt and others, so there are several runs:
 
-    pytest integration                   needs no stand, ``embedded`` or ``stand``
+    pytest integration                   needs no stand, ``embedded``, ``local`` or ``stand``
     pytest integration --stand daemon    needs ``daemon`` or ``stand``
-    pytest integration --stand stacks    needs ``stack``, ``stacks`` or ``stand``: on each stack
-    pytest integration --stand debian11  needs ``stack`` or ``stand``: on that stack alone
+    pytest integration --stand stacks    needs ``stack``, ``stacks``, ``local`` or ``stand``
+    pytest integration --stand debian11  the same, on that stack alone
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -51,7 +53,6 @@ UNPROVEN = (
     "test_check_repair.py",
     "test_histories.py",
     "test_long_history.py",
-    "test_remote.py",
     "test_snapshots.py",
     "test_store_faults.py",
 )
@@ -83,6 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Prepare this process while it has no threads yet."""
     config.addinivalue_line("markers", "scenario(name): the test's row in the table of the stacks")
     config.addinivalue_line("markers", "nested: also run in a host with nested KVM, on KVM")
+    config.addinivalue_line("markers", "not_on_stacks(reason): on the embedded libvirt alone")
     if config.getoption("--stand") == "daemon" and os.geteuid() == 0:
         try:
             private_mounts()
@@ -105,11 +107,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """On the stacks, ``stand`` is each of them in turn."""
+    """On the stacks, ``stand`` and ``local`` are each of them in turn."""
     stand = metafunc.config.getoption("--stand")
     names = list(RELEASES) if stand == "stacks" else [stand]
-    if "stand" in metafunc.fixturenames and names[0] in RELEASES:
-        metafunc.parametrize("stand", names, indirect=True)
+    if names[0] in RELEASES:
+        for fixture in {"stand", "local"} & set(metafunc.fixturenames):
+            metafunc.parametrize(fixture, names, indirect=True)
 
 
 def _belongs(item: pytest.Item, stand: str) -> bool:
@@ -120,12 +123,12 @@ def _belongs(item: pytest.Item, stand: str) -> bool:
         return not needs & {"daemon", "stacks"}
     if stand == "daemon":
         return bool(needs & {"daemon", "stand"})
+    if "embedded" in needs or item.get_closest_marker("not_on_stacks"):
+        return False
     if stand == "stacks":
-        return bool(needs & {"stacks", "stand"})
+        return bool(needs & {"stacks", "stand", "local"})
     callspec = getattr(item, "callspec", None)
-    return bool(needs & {"stand", stand}) or (
-        callspec is not None and stand in callspec.params.values()
-    )
+    return stand in needs or (callspec is not None and stand in callspec.params.values())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -157,6 +160,12 @@ def workspace() -> Iterator[Workspace]:
     assert not left, f"processes that the tests left behind (ended now): {left}"
 
 
+@pytest.fixture
+def tmp_path(workspace: Workspace) -> Path:
+    """pytest's, but in the workspace: the stacks have it as well, at the same path."""
+    return workspace.folder("t")
+
+
 @pytest.fixture(scope="session")
 def embedded(workspace: Workspace) -> Iterator[Embedded]:
     """The embedded libvirt of this process."""
@@ -173,18 +182,39 @@ def daemon(workspace: Workspace) -> Iterator[Daemon]:
     stand.close()
 
 
-@pytest.fixture
-def stand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Stand:
-    """The stand of this run."""
+def _stand(request: pytest.FixtureRequest) -> Stand:
     name = getattr(request, "param", None) or request.config.getoption("--stand")
     if name in RELEASES:
         on_stack: Stack = request.getfixturevalue("stacks")(name)
-        # what the setting socket_directory does for users
-        folder = on_stack.sockets
-        monkeypatch.setattr(DomainAdapter, "runtime_directory", lambda *_, **__: folder)
         return on_stack
     found: Stand = request.getfixturevalue(name)
     return found
+
+
+@pytest.fixture(scope="session")
+def stand(request: pytest.FixtureRequest) -> Stand:
+    """The stand of this run."""
+    return _stand(request)
+
+
+@pytest.fixture(scope="session")
+def local(request: pytest.FixtureRequest) -> Stand:
+    """The embedded libvirt, or on the stacks each of them."""
+    return _stand(request)
+
+
+def _set_directory(folder: Path, override: Path | None = None) -> Path:
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def sockets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the setting ``socket_directory`` does for users of a libvirt in folders of its own."""
+    for name in {"stand", "local"} & set(request.fixturenames):
+        found = request.getfixturevalue(name)
+        if isinstance(found, Stack):
+            set_directory = functools.partial(_set_directory, found.sockets)
+            monkeypatch.setattr(DomainAdapter, "runtime_directory", set_directory)
 
 
 @pytest.fixture
@@ -201,10 +231,10 @@ def make_vm_on() -> Iterator[MakeMachine]:
 
 
 @pytest.fixture
-def make_vm(embedded: Embedded, make_vm_on: MakeMachine) -> MakeMachine:
-    """Machines on the embedded stand: ``make_vm(disks, ...)``, as ``Machine``."""
+def make_vm(local: Stand, make_vm_on: MakeMachine) -> MakeMachine:
+    """Machines on the local stand: ``make_vm(disks, ...)``, as ``Machine``."""
 
     def make(*arguments: object, **options: object) -> Machine:
-        return make_vm_on(embedded, *arguments, **options)
+        return make_vm_on(local, *arguments, **options)
 
     return make

@@ -31,7 +31,7 @@ from ckptmgr.errors import (
 )
 from ckptmgr.xml import parse, to_text
 from integration.conftest import MakeMachine
-from integration.stand import MIB, Daemon, DiskSpec, Embedded, Machine, Stand
+from integration.stand import MIB, Daemon, DiskSpec, Machine, Stand
 
 EVERY_KIND = (
     DiskSpec("vda"),
@@ -156,14 +156,14 @@ def test_the_definition_is_that_of_libvirts_own_checkpoint(make_vm: MakeMachine)
 
 
 def test_secrets_are_in_the_definition_only_when_asked_for(
-    make_vm: MakeMachine, embedded: Embedded
+    make_vm: MakeMachine, local: Stand
 ) -> None:
     vm = make_vm(devices="<graphics type='vnc' autoport='yes' passwd='hunter2'/>")
     for _ in ("running", "stopped"):
         assert "hunter2" not in adapt(vm).definition()
         assert "hunter2" in adapt(vm).definition(secure=True)
         vm.stop() if vm.active else None
-    with connect(embedded.uri, read_only=True) as connection:
+    with connect(local.uri, read_only=True) as connection:
         assert "hunter2" not in connection.domain(vm.name).definition()
         with pytest.raises(ReadOnlyConnection):
             connection.domain(vm.name).definition(secure=True)
@@ -420,11 +420,10 @@ def test_a_transient_domain_has_its_marker_live(make_vm: MakeMachine) -> None:
 # --- folder, agent, connections ------------------------------------------------------------------
 
 
+@pytest.mark.not_on_stacks("there this folder is set, not found")
 def test_qemu_binds_a_socket_in_the_runtime_directory(
     stand: Stand, make_vm_on: MakeMachine
 ) -> None:
-    if stand.kind not in ("embedded", "daemon"):
-        pytest.skip("on the stacks this folder is set, not found")
     vm = make_vm_on(stand)
     adapter = adapt(vm)
     path = adapter.runtime_directory() / "t.sock"
@@ -465,10 +464,10 @@ def test_without_an_agent_nothing_is_frozen_and_the_block_not_run(
 
 
 def test_a_read_only_connection_reads_and_refuses_to_change(
-    make_vm: MakeMachine, embedded: Embedded
+    make_vm: MakeMachine, local: Stand
 ) -> None:
     vm = make_vm()
-    with connect(embedded.uri, read_only=True) as connection:
+    with connect(local.uri, read_only=True) as connection:
         adapter = connection.domain(vm.name)
         assert [disk.size for disk in adapter.disks()] == [64 * MIB]
         assert adapter.on_blockdev()

@@ -20,7 +20,7 @@ from integration.evidence import (
     unchanged,
     wipe,
 )
-from integration.stand import MIB, DiskSpec, Embedded, Machine
+from integration.stand import MIB, DiskSpec, Embedded, Machine, Stand
 
 DISKS = (
     DiskSpec("vda", size=12 * MIB + 1536),
@@ -54,9 +54,9 @@ class Scene:
 
 
 @pytest.fixture(scope="module", params=["libvirt", "monitor", "offline"])
-def shared(request: pytest.FixtureRequest, embedded: Embedded) -> Iterator[tuple[str, Machine]]:
+def shared(request: pytest.FixtureRequest, local: Stand) -> Iterator[tuple[str, Machine]]:
     engine: str = request.param
-    machine = Machine(embedded, DISKS, state="stopped" if engine == "offline" else "paused")
+    machine = Machine(local, DISKS, state="stopped" if engine == "offline" else "paused")
     yield engine, machine
     machine.destroy()
 

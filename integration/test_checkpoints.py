@@ -20,7 +20,7 @@ from integration.evidence import (
     unchanged,
     wipe,
 )
-from integration.stand import Embedded, Machine
+from integration.stand import Machine, Stand
 
 NAMES = tuple(f"c{number}" for number in range(5))
 
@@ -58,9 +58,9 @@ class Scene:
 
 
 @pytest.fixture(scope="module", params=["libvirt", "monitor", "offline"])
-def shared(request: pytest.FixtureRequest, embedded: Embedded) -> Iterator[tuple[str, Machine]]:
+def shared(request: pytest.FixtureRequest, local: Stand) -> Iterator[tuple[str, Machine]]:
     engine: str = request.param
-    machine = Machine(embedded, DISKS, state="stopped" if engine == "offline" else "paused")
+    machine = Machine(local, DISKS, state="stopped" if engine == "offline" else "paused")
     yield engine, machine
     machine.destroy()
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 import ckptmgr
-from integration.stand import MIB, DiskSpec, Embedded, Guest, rounded
+from integration.stand import MIB, DiskSpec, Guest, Stand, rounded
 
 GRANULARITY = 65536
 
 
 @pytest.fixture
-def guest(embedded: Embedded) -> Iterator[Guest]:
+def guest(local: Stand) -> Iterator[Guest]:
     """Linux with a qcow2 disk and one on a backing file."""
-    with Guest(embedded, (DiskSpec("vda"), DiskSpec("vdb", backing=("qcow2",)))) as guest:
+    with Guest(local, (DiskSpec("vda"), DiskSpec("vdb", backing=("qcow2",)))) as guest:
         yield guest
 
 

@@ -16,7 +16,7 @@ from ckptmgr.engine.monitor import MonitorEngine
 from integration.conftest import MakeMachine
 from integration.evidence import domain_of, unchanged, wipe
 from integration.fake_agent import FakeAgent, Guest, Refused
-from integration.stand import MIB, DiskSpec, Embedded, Machine
+from integration.stand import MIB, DiskSpec, Machine, Stand
 
 DISKS = (DiskSpec("vda", size=MIB),)
 TIMEOUT = 1.0
@@ -47,8 +47,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(embedded: Embedded, make_vm: MakeMachine, tmp_path: Path) -> Iterator[Scene]:
-    folder = embedded.workspace.folder("q")  # a socket's path has to be short
+def scene(local: Stand, make_vm: MakeMachine, tmp_path: Path) -> Iterator[Scene]:
+    folder = local.workspace.folder("q")  # a socket's path has to be short
     guest = Guest(folder / "t")
     with FakeAgent(folder / "a") as agent:
         machine = make_vm(DISKS, devices=agent.devices, commandline=guest.commandline)

@@ -19,6 +19,7 @@ from integration.conftest import MakeMachine
 from integration.stand import MIB, Daemon, DiskSpec, Embedded, Stand, Workspace, reap, rounded
 from integration.stand.accel import runs
 from integration.stand.workspace import _started
+from integration.traces import holding, naming
 
 
 @pytest.fixture
@@ -131,13 +132,13 @@ def test_the_accelerator_trial_tells_a_guest_that_runs_from_one_that_does_not() 
 
 
 def test_a_run_that_was_killed_is_cleared_away_by_the_next(parent: Path) -> None:
-    """SIGKILL in the middle of a test, with a machine running."""
+    """SIGKILL in the middle of a test, with a machine running; its guard is killed, too."""
     program = textwrap.dedent(
         f"""
         import time
         from pathlib import Path
         from integration.stand import Embedded, Machine, Workspace
-        machine = Machine(Embedded(Workspace(Path({str(parent)!r}))))
+        machine = Machine(Embedded(Workspace(Path({str(parent)!r}), guarded=False)))
         print(machine.pid, flush=True)
         time.sleep(60)
         """
@@ -156,6 +157,41 @@ def test_a_run_that_was_killed_is_cleared_away_by_the_next(parent: Path) -> None
     assert reap(parent) == [workspace]
     assert _started(machine) is None
     assert list(parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["Embedded", "Daemon"])
+def test_nothing_is_left_when_all_processes_of_a_run_are_killed(kind: str, parent: Path) -> None:
+    """SIGKILL for the whole process group: no process, mount or socket, without a next run."""
+    program = textwrap.dedent(
+        f"""
+        import os, time
+        from pathlib import Path
+        from integration.stand import Daemon, Embedded, Machine, Workspace, private_mounts
+        if {kind!r} == "Daemon" and os.geteuid() == 0:
+            private_mounts()
+        stand = {kind}(Workspace(Path({str(parent)!r})))
+        print(Machine(stand).pid, stand.uri, flush=True)
+        time.sleep(60)
+        """
+    )
+    command = [sys.executable, "-c", program]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert run.stdout is not None
+        machine = int(run.stdout.readline().split()[0])
+        (workspace,) = parent.iterdir()
+        mounts = Path(f"/proc/{run.pid}/ns/mnt").readlink()
+        assert machine in naming(workspace)
+        assert list(workspace.rglob("*.sock")) or list(workspace.rglob("libvirt-sock"))
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+    deadline = time.monotonic() + 60
+    while left := [*parent.iterdir(), *naming(workspace), *holding(mounts)]:
+        assert time.monotonic() < deadline, f"left: {left}"
+        time.sleep(0.05)
+    assert str(workspace) not in Path("/proc/self/mountinfo").read_text()
+    assert str(workspace) not in Path("/proc/net/unix").read_text()
 
 
 def test_a_process_with_a_recycled_id_is_left_alone(parent: Path) -> None:

@@ -4,19 +4,48 @@ python -m integration.stacks list           the stacks, and what those that are 
 python -m integration.stacks build NAME...  build them (all: without a name)
 python -m integration.stacks start NAME     run one until ^C
 python -m integration.stacks shell NAME     run one, with a shell in it
+
+``embedded`` and ``daemon`` are this machine's own libvirt and QEMU, and need not be built.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from integration.stand import StandError, Workspace, reap
+import libvirt
+
+from integration.stand import Daemon, StandError, Workspace, private_mounts, reap
+from integration.stand.libvirts import embedded_root
 
 from .build import RELEASES, build, built
 from .stack import Stack
+
+OWN = ("embedded", "daemon")
+NAMES = (*OWN, *RELEASES)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A stack that runs.
+
+    uri -- for every process of this machine
+    remark -- what there is to know about it
+    shell -- the command line of a shell in it
+    environment -- of that shell
+    """
+
+    uri: str
+    remark: str = ""
+    shell: Sequence[str] = ("/bin/bash",)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -30,7 +59,7 @@ def main() -> None:
     some.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RELEASES))
     for command, what in (("start", "run a stack until ^C"), ("shell", "run one, with a shell in")):
         one = commands.add_parser(command, help=what)
-        one.add_argument("name", choices=RELEASES, metavar="NAME", help=", ".join(RELEASES))
+        one.add_argument("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     given = parser.parse_args()
     try:
         if given.command == "list":
@@ -50,12 +79,17 @@ def main() -> None:
 
 def show() -> None:
     """Print the stacks."""
+    version = ".".join(str(libvirt.getVersion() // 1000**power % 1000) for power in (2, 1))
+    answer = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True)
+    qemu = answer.stdout.split()[3]
+    for name in OWN:
+        print(f"{name:9} this machine's: libvirt {version}, QEMU {qemu}")
     for name, release in RELEASES.items():
         versions = built(name)
         held = "not built"
         if versions is not None:
             held = f"libvirt {versions['libvirt-daemon']}, QEMU {versions['qemu-system-x86']}"
-        print(f"{name}  libvirt {release.libvirt}, QEMU {release.qemu}  {held}")
+        print(f"{name:9} libvirt {release.libvirt}, QEMU {release.qemu}: {held}")
 
 
 def make(names: list[str]) -> None:
@@ -65,24 +99,47 @@ def make(names: list[str]) -> None:
         print(f"{name}: {build(name)} ({time.monotonic() - begun:.0f} s)", flush=True)
 
 
+@contextlib.contextmanager
+def started(workspace: Workspace, name: str) -> Iterator[Running]:
+    """Start a stack, and end it after the block."""
+    if name == "embedded":
+        # whoever opens it is the libvirt
+        root = embedded_root(workspace)
+        yield Running(f"qemu:///embed?root={root}", "by one process at a time")
+        return
+    if name == "daemon":
+        daemon = Daemon(workspace)
+        try:
+            yield Running(daemon.socket_uri, environment=daemon.environment())
+        finally:
+            daemon.close()
+        return
+    stack = Stack(workspace, name)
+    try:
+        yield Running(stack.uri, shell=stack.inside("/bin/bash"))
+    finally:
+        stack.close()
+
+
 def run(name: str, *, shell: bool) -> None:
     """Run a stack until its user is done."""
+    if name == "daemon" and os.geteuid() == 0:
+        private_mounts()
     reap()
-    with Workspace() as workspace:
-        stack = Stack(workspace, name)
-        try:
-            print(f"connect to    {stack.uri}")
-            print(f"images go to  {workspace.path}", flush=True)
-            if shell:
-                subprocess.run(stack.inside("/bin/bash"), check=False)
-                return
-            print("ends with ^C", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with Workspace() as workspace, started(workspace, name) as running:
+        print("connect to   ", running.uri, running.remark)
+        print("images go to ", workspace.path, flush=True)
+        if shell:
+            given = {"LIBVIRT_DEFAULT_URI": running.uri} if name in OWN else {}
+            environment = {**os.environ, **running.environment, **given}
+            subprocess.run(running.shell, check=False, env=environment)
+            return
+        print("ends with ^C", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)
-        except KeyboardInterrupt:
-            print()
-        finally:
-            stack.close()
+        print()
 
 
 if __name__ == "__main__":

@@ -154,6 +154,14 @@ class _Base:
         )
 
 
+def embedded_root(workspace: Workspace) -> Path:
+    """A new root for ``qemu:///embed?root=...``."""
+    root = workspace.folder("r")
+    (root / "etc").mkdir()
+    (root / "etc/qemu.conf").write_text(qemu_conf())
+    return root
+
+
 class Embedded(_Base):
     """``qemu:///embed?root=...`` in this process."""
 
@@ -161,9 +169,7 @@ class Embedded(_Base):
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.root = workspace.folder("r")
-        (self.root / "etc").mkdir()
-        (self.root / "etc/qemu.conf").write_text(qemu_conf())
+        self.root = embedded_root(workspace)
         self.uri = f"qemu:///embed?root={self.root}"
         self._pid_files = self.root / "run/qemu"
         self.connection = connect(self.uri)
@@ -270,6 +276,12 @@ class Daemon(_Base):
         # libvirt's client finds the session's socket through this process's environment
         os.environ.update(self._environment)
         self.uri = "qemu:///session"
+
+    @property
+    def socket_uri(self) -> str:
+        """A URI that is good for every process on this machine, whatever its mounts."""
+        driver = self.uri.rpartition("/")[2]
+        return f"qemu+unix:///{driver}?socket={self._socket}"
 
     @property
     def pid(self) -> int:

@@ -7,6 +7,9 @@
 
 Paths are short because a unix socket's path holds 107 characters.  A process is known by its id
 *and* its start time, so that an id that was given out again is never mistaken for ours.
+
+A run that is killed is cleared away at once by a guard: this file, run as a program, which waits
+for the run's end and shares neither its process group nor its session.
 """
 
 from __future__ import annotations
@@ -15,12 +18,17 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "ckptmgr-"
+
+_KINDS = ("libvirtd", "qemu-")
+"""How the names begin of programs that a run leaves running when it is killed."""
 
 
 def _started(pid: int) -> str | None:
@@ -58,13 +66,19 @@ class Workspace:
     folder is removed, whatever happened.
     """
 
-    def __init__(self, parent: Path | None = None) -> None:
+    def __init__(self, parent: Path | None = None, *, guarded: bool = True) -> None:
+        """Make the folder, in `parent` or the temporary directory.
+
+        guarded -- what the run leaves is cleared away at once if it is killed, and not only by
+            the next
+        """
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         # a QEMU that runs as another user has to reach its images
         self.path.chmod(0o755)
         owner = os.getpid()
         (self.path / "owner").write_text(f"{owner} {_started(owner)} {_boot()} {_namespace()}\n")
         self._next = 0
+        self._guard = _guard(self.path) if guarded else None
 
     def __enter__(self) -> Workspace:
         return self
@@ -93,6 +107,21 @@ class Workspace:
     def close(self) -> None:
         """End what is still running and remove the folder."""
         _clear(self.path)
+        if self._guard is not None:
+            self._guard.communicate()
+            self._guard = None
+
+
+def _guard(path: Path) -> subprocess.Popen[bytes]:
+    """A process that clears `path` away when this one has ended, however that was."""
+    return subprocess.Popen(
+        [sys.executable, "-I", __file__, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
 
 
 def _running(path: Path) -> Iterator[tuple[int, str]]:
@@ -106,20 +135,23 @@ def _running(path: Path) -> Iterator[tuple[int, str]]:
 def _unrecorded(path: Path) -> Iterator[tuple[int, str]]:
     """Processes that libvirt started for this folder just before the run was killed.
 
-    Only pid files inside the folder count, and only where the process itself names the folder.
+    Only programs of libvirt and QEMU count, and only where their command line names the folder.
     """
-    for file in path.glob("**/run*/**/*.pid"):
+    for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            pid = int(file.read_text())
+            pid = int(process.name)
+            ours = (process / "comm").read_text().startswith(_KINDS)
             started = _started(pid)
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if started is not None and os.fsencode(path) + b"/" in command:
+            command = (process / "cmdline").read_bytes()
+            if ours and started is not None and os.fsencode(path) + b"/" in command:
                 yield pid, started
 
 
 def _clear(path: Path) -> None:
-    for pid, started in [*_running(path), *_unrecorded(path)]:
-        _end(pid, started)
+    # a daemon first, so that it starts no others meanwhile
+    for found in (_running, _unrecorded):
+        for pid, started in list(found(path)):
+            _end(pid, started)
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -141,3 +173,9 @@ def reap(parent: Path | None = None) -> list[Path]:
             continue
         removed.append(path)
     return removed
+
+
+if __name__ == "__main__":
+    # until every end of the pipe that the run holds is closed
+    sys.stdin.buffer.read()
+    _clear(Path(sys.argv[1]))

@@ -120,7 +120,7 @@ def test_the_engine_that_fits_is_chosen_and_the_reason_given(
     assert why[chosen] in caplog.messages
 
 
-# --- Debian 11: with and without -blockdev -------------------------------------------------------
+# --- which node is which disk's ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -164,15 +164,14 @@ def bitmaps(machine: Machine, target: str) -> dict[str, int]:
     return {bitmap["name"]: bitmap["count"] for bitmap in node.get("dirty-bitmaps", [])}
 
 
-@pytest.fixture(params=["-blockdev", "-drive"])
-def started_with(request: pytest.FixtureRequest) -> str:
-    """How libvirt gives QEMU its disks."""
-    kind: str = request.param
-    return kind
+STARTED = ["debian11 -drive", "debian11 -blockdev", "debian12 -blockdev", "debian13 -blockdev"]
+"""The stacks, and how each gives QEMU its disks; from libvirt 8 on there is one way."""
 
 
-def with_every_bus(make_vm_on: MakeMachine, stack: Stack, elements: str) -> Machine:
+def with_every_bus(started: str, stacks: Stacks, make_vm_on: MakeMachine) -> Machine:
     """A machine with disks on every bus, two of them on one and the same backing image."""
+    name, _, how = started.partition(" ")
+    stack = stacks(name)
     folder = stack.workspace.folder("i")
     base = DiskSpec("base", bus="none").make(folder)
     overlays = []
@@ -182,6 +181,7 @@ def with_every_bus(make_vm_on: MakeMachine, stack: Stack, elements: str) -> Mach
         subprocess.run([*create, str(image)], check=True)
         bus = "sata" if target == "sdc" else "virtio"
         overlays.append(DiskSpec(target, image=image, bus=bus))
+    elements = capabilities(remove="blockdev") if how == "-drive" else ""
     return make_vm_on(stack, (*EVERY_BUS, *overlays), elements=elements)
 
 
@@ -205,6 +205,7 @@ def check_nodes(tracked: Tracked) -> None:
             for name in ("c0", "c1", "c2")
         }
     assert tracked.shown("c0", "c1") == tracked.written("c0", "c1")
+    assert tracked.problems() == []
     assert tracked.domain.delete("c1") == ("c1",)
     assert tracked.shown("c0", "c2") == tracked.written("c0", "c2")
     assert tracked.domain.delete("c0", children=True) == ("c0", "c2")
@@ -212,15 +213,16 @@ def check_nodes(tracked: Tracked) -> None:
 
 
 @pytest.mark.scenario("virtio, SCSI and SATA disks, backing chains, an empty cdrom")
+@pytest.mark.parametrize("started", STARTED)
 def test_bitmaps_are_on_the_nodes_of_their_disks(
-    started_with: str,
-    debian11: Stack,
+    started: str,
+    stacks: Stacks,
     make_vm_on: MakeMachine,
     cell: Cell,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cell.of(stack=f"debian11 {started_with}")
-    cell.chose(MONITOR)
+    name, _, how = started.partition(" ")
+    cell.of(stack=started if name == "debian11" else name, engine=MONITOR)
     detect, detections = nodes.detect_nodes, []
 
     def noted(*arguments: Any, **options: Any) -> Any:
@@ -228,10 +230,10 @@ def test_bitmaps_are_on_the_nodes_of_their_disks(
         return detect(*arguments, **options)
 
     monkeypatch.setattr(nodes, "detect_nodes", noted)
-    elements = capabilities(remove="blockdev") if started_with == "-drive" else ""
-    machine = with_every_bus(make_vm_on, debian11, elements)
-    check_nodes(Tracked(debian11, machine))
-    assert bool(detections) == (started_with == "-drive")
+    machine = with_every_bus(started, stacks, make_vm_on)
+    # on Debian 11 it is chosen
+    check_nodes(Tracked(stacks(name), machine, None if name == "debian11" else MONITOR))
+    assert bool(detections) == (how == "-drive")
 
 
 def by_file_name(disks: Sequence[Disk], *answers: Any, **_: Any) -> dict[str, tuple[str, ...]]:
@@ -244,20 +246,46 @@ def by_file_name(disks: Sequence[Disk], *answers: Any, **_: Any) -> dict[str, tu
     }
 
 
-@pytest.mark.parametrize("mistake", ["detection on -blockdev", "by file name"])
+MISTAKES = {
+    "detection on -blockdev": {"on_blockdev": lambda *_: False},
+    "by file name": {"detect_nodes": by_file_name},
+    "by file name on -blockdev": {
+        "on_blockdev": lambda *_: False,
+        "detect_nodes": by_file_name,
+    },
+}
+
+
+@pytest.mark.scenario("a mistake in the finding of nodes turns the row above red")
+@pytest.mark.parametrize(
+    ("mistake", "started"),
+    [
+        (mistake, started)
+        for mistake in MISTAKES
+        for started in STARTED
+        if started.endswith("-blockdev") == mistake.endswith("-blockdev")
+    ],
+)
 def test_a_mistake_in_the_finding_of_nodes_does_not_go_unnoticed(
-    mistake: str, debian11: Stack, make_vm_on: MakeMachine, monkeypatch: pytest.MonkeyPatch
+    mistake: str,
+    started: str,
+    stacks: Stacks,
+    make_vm_on: MakeMachine,
+    cell: Cell,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The check above is worth something: it fails when ckptmgr makes these mistakes."""
-    if mistake == "by file name":
-        elements = capabilities(remove="blockdev")
-        monkeypatch.setattr(nodes, "detect_nodes", by_file_name)
-    else:
-        elements = ""
-        monkeypatch.setattr(nodes, "on_blockdev", lambda *_: False)
-    machine = with_every_bus(make_vm_on, debian11, elements)
+    name = started.partition(" ")[0]
+    cell.of(stack=started if name == "debian11" else name, engine=MONITOR)
+    machine = with_every_bus(started, stacks, make_vm_on)
+    tracked = Tracked(stacks(name), machine, MONITOR)
+    for function, mistaken in MISTAKES[mistake].items():
+        monkeypatch.setattr(nodes, function, mistaken)
     with pytest.raises((AssertionError, NodeUnknown)):
-        check_nodes(Tracked(debian11, machine))
+        check_nodes(tracked)
+
+
+# --- Debian 11: libvirt's own checkpoints where the domain asks for them -------------------------
 
 
 @pytest.mark.scenario("libvirt's own checkpoints, with incremental-backup added")
@@ -589,7 +617,11 @@ def plug(machine: Machine, target: str, disk: DiskSpec) -> None:
 # --- no trace ------------------------------------------------------------------------------------
 
 
-def test_a_stack_ends_with_the_process_that_started_it_however_that_ends(stacks: Stacks) -> None:
+@pytest.mark.scenario("killed, it leaves no trace")
+def test_a_stack_ends_with_the_process_that_started_it_however_that_ends(
+    stacks: Stacks, cell: Cell
+) -> None:
+    cell.of(stack="debian12")
     parent = stacks("debian12").workspace.folder("p")
     program = textwrap.dedent(
         f"""

@@ -280,7 +280,7 @@ class Domain:
     def redefine(self, document: str, *, validate: bool = False) -> CheckpointView:
         """Bring a checkpoint back from its XML, or give a known one another description.
 
-        validate -- have libvirt see first that its bitmaps are there and whole
+        validate -- see first that its bitmaps are there and whole; libvirt does, where it can
         """
         return operation.redefinition.redefine(self._now, document, validate=validate)
 

@@ -13,8 +13,10 @@ from integration.evidence import (
     Timeline,
     bitmaps,
     domain_of,
+    has_checkpoints,
     known,
     on_tops,
+    told,
     unchanged,
 )
 from integration.stand import Daemon, DiskSpec
@@ -40,8 +42,8 @@ def test_redefined_after_its_metadata_was_deleted(
     assert bitmaps(machine) == on_tops(machine, TRACKED, "c0", "c1")
 
     for document in documents:
-        domain.redefine(document, validate=machine.active)
-    assert known(machine) == {"c0": None, "c1": "c0"}
+        domain.redefine(document, validate=machine.active or not has_checkpoints(machine))
+    assert known(machine) == told(machine, {"c0": None, "c1": "c0"})
     assert domain.checkpoints().current == "c1"
     for before in views:
         after = domain.checkpoint(before.name)
@@ -72,7 +74,8 @@ def test_redefining_a_known_checkpoint_changes_its_description_alone(
         timeline.cut(name)
     document = domain.document("c1").replace(">old<", ">new &amp; better<")
     assert domain.redefine(document).description == "new & better"
-    assert "new &amp; better" in machine.domain.checkpointLookupByName("c1").getXMLDesc()
+    if has_checkpoints(machine):
+        assert "new &amp; better" in machine.domain.checkpointLookupByName("c1").getXMLDesc()
     timeline.check(domain, "c0", "c1", TRACKED)
     with unchanged(machine, tmp_path), pytest.raises(ckptmgr.CheckpointExists):
         domain.redefine(document.replace("<parent>", "<!--").replace("</parent>", "-->"))

@@ -225,7 +225,7 @@ def delete(
 @click.option(
     "--validate",
     is_flag=True,
-    help="Have libvirt see first that its bitmaps are there and whole.",
+    help="See first that its bitmaps are there and whole.",
 )
 @dry_run_option
 @click.pass_obj

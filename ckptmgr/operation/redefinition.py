@@ -10,7 +10,13 @@ from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
 from ..consistency import shown_disks
 from ..document import format_libvirt, parse_libvirt
 from ..domain.disk import Disk
-from ..errors import CheckpointExists, CkptmgrError, InvalidDocument, InvalidRequest
+from ..errors import (
+    BitmapBroken,
+    CheckpointExists,
+    CkptmgrError,
+    InvalidDocument,
+    InvalidRequest,
+)
 from ..history import History
 from ..plan.steps import CheckpointDelete, CheckpointRedefine, Plan, Step
 from ..store import Intent, Loaded
@@ -18,7 +24,7 @@ from ..views import CheckpointView
 from ..xml import parse
 from . import projection
 from .listing import view
-from .observation import observe
+from .observation import by_layers, observe
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
@@ -177,9 +183,24 @@ def _check_domain(session: Session, given: Checkpoint) -> None:
 
 def _plan(session: Session, history: History, checkpoint: Checkpoint, validate: bool) -> Plan:
     if not session.tells_libvirt:
+        if validate:
+            _validate(session, checkpoint)
         note = "libvirt is not told: " + session.backup[1]
         return Plan(EngineName.LIBVIRT, (), notes=(note,))
     document = format_libvirt(projection.shown(session, history, checkpoint))
     steps: tuple[Step, ...] = (CheckpointRedefine(checkpoint.name, document, validate),)
     undo = (CheckpointDelete(checkpoint.name, metadata_only=True, missing_ok=True),)
     return Plan(EngineName.LIBVIRT, steps, undo)
+
+
+def _validate(session: Session, checkpoint: Checkpoint) -> None:
+    """What libvirt's VALIDATE sees to, where libvirt is not told.  Raises BitmapBroken."""
+    layers = session.layers(session.choice.engine)
+    for recorded in checkpoint.disks:
+        disk = by_layers(recorded, layers.get(recorded.name))
+        if disk.bitmap is not None and disk.state not in (State.RECORDING, State.ARCHIVED):
+            raise BitmapBroken(
+                f"domain {session.adapter.name!r}: checkpoint {checkpoint.name!r} is not whole on "
+                f"disk {disk.name}: {disk.reason}",
+                disk=disk.name,
+            )

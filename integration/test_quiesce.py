@@ -14,7 +14,7 @@ import ckptmgr
 from ckptmgr.engine.libvirt import LibvirtEngine
 from ckptmgr.engine.monitor import MonitorEngine
 from integration.conftest import MakeMachine
-from integration.evidence import domain_of, unchanged, wipe
+from integration.evidence import domain_of, has_checkpoints, unchanged, wipe
 from integration.fake_agent import FakeAgent, Guest, Refused
 from integration.stand import MIB, DiskSpec, Machine, Stand
 
@@ -31,10 +31,12 @@ class Scene:
     agent: FakeAgent
     store: Path
 
-    def domain(self, engine: str = "libvirt") -> ckptmgr.Domain:
+    def domain(self, engine: str | None = None) -> ckptmgr.Domain:
+        """By default with the engine that fits."""
+        engine = engine or ("libvirt" if has_checkpoints(self.machine) else "monitor")
         return domain_of(self.machine, self.store, engine, freeze_timeout=TIMEOUT)
 
-    def fails(self, words: str, engine: str = "libvirt") -> ckptmgr.GuestAgentFailed:
+    def fails(self, words: str, engine: str | None = None) -> ckptmgr.GuestAgentFailed:
         """A create fails because of the agent, in time, and changes nothing."""
         started = time.monotonic()
         with (
@@ -139,7 +141,7 @@ def test_thawed_when_the_instant_fails(
 
     monkeypatch.setattr(LibvirtEngine, "_begin", begin)
     with unchanged(scene.machine, scene.store), pytest.raises(kind, match="in the middle"):
-        scene.domain().create("c1", quiesce=True)
+        scene.domain("libvirt").create("c1", quiesce=True)
     assert scene.agent.commands == ["freeze", "thaw"]
 
 
@@ -155,6 +157,6 @@ def test_thawed_at_the_deadline_while_the_instant_still_takes(
         original(self, step)
 
     monkeypatch.setattr(LibvirtEngine, "_begin", begin)
-    scene.fails("not quiescent")
+    scene.fails("not quiescent", "libvirt")
     assert thawed == [True]
     assert scene.agent.commands == ["freeze", "thaw"]

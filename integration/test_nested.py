@@ -11,6 +11,7 @@ import pytest
 
 import ckptmgr
 from integration.conftest import MakeMachine
+from integration.evidence import has_checkpoints
 from integration.stand import MIB, DiskSpec, Guest, Stand, rounded
 from integration.stand.accel import domain_type
 from integration.stand.guest import Shell
@@ -75,10 +76,12 @@ def test_the_history_of_a_linux_guest_through_a_revert(stand: Stand, tmp_path: P
 
         replaced = guest.machine.pid
         branch = domain.revert_snapshot("good")
-        assert guest.machine.pid != replaced
+        # libvirt 7.0 has QEMU load the snapshot
+        assert (guest.machine.pid != replaced) == has_checkpoints(guest.machine)
         assert guest.machine.contents("vda") == before
         assert branch.parent == "tuesday"
-        guest.reconnect()
+        if guest.machine.pid != replaced:
+            guest.reconnect()
         writes(guest.shell, "reverted")
         domain.create("wednesday")
         writes(guest.shell, "wednesday")

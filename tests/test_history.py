@@ -248,8 +248,8 @@ def after(model: Model, deletion: Deletion) -> Model:
     """The model when the joins were computed and the changes recorded."""
     maps = dict(model.maps)
     digests = {}
-    for number, join in enumerate(deletion.joins):
-        digests[join] = f"join {number}"
+    for join in deletion.joins:
+        digests[join] = f"join {len(maps)}"
         maps[digests[join]] = frozenset().union(*(maps[digest] for digest in join.maps))
     history = deletion.history
     for point in deletion.settled(digests):

@@ -12,11 +12,13 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
+from rich.text import Text
 
 from .text import visible
 from .units import size
@@ -25,6 +27,14 @@ log = logging.getLogger("ckptmgr")
 
 LINES_EVERY = 30.0
 """Seconds between two lines of the log."""
+
+
+class _Rate(ProgressColumn):
+    """Bytes per second, in the units of all that we print (rich's own are decimal)."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{size(int(speed))}/s", style="progress.data.speed")
 
 
 class CopyProgress:
@@ -41,7 +51,7 @@ class CopyProgress:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
+                _Rate(),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,

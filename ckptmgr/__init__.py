@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         PruneView,
         RestoredDisk,
         RestoreView,
+        VerifyFinding,
+        VerifyView,
     )
     from .checkpoint import EngineName, State
     from .consistency import Finding
@@ -119,6 +121,8 @@ __all__ = [
     "StoreDamaged",
     "StoreFailed",
     "Unsupported",
+    "VerifyFinding",
+    "VerifyView",
     "__version__",
     "connect",
     "parse_disk_spec",
@@ -138,6 +142,8 @@ _ELSEWHERE = {
         "RestoredDisk",
         "PruneView",
         "PrunedPoint",
+        "VerifyFinding",
+        "VerifyView",
     ),
     ".checkpoint": ("EngineName", "State"),
     ".consistency": ("Finding",),

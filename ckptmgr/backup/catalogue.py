@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import NoPoint
+from ..errors import InvalidRequest, NoPoint
 from .placement import Request
 from .pruning import Pruning, prune, staying
 from .repository import Lineage, Loaded, Repository
@@ -25,6 +25,8 @@ from .views import (
     PrunedPoint,
     PruneView,
     RestoreView,
+    VerifyFinding,
+    VerifyView,
     point_view,
 )
 
@@ -127,6 +129,38 @@ class Catalogue:
         kept = restoring.find(self._repository, domain, point)
         return restoring.plan_restore(kept, _request(point, folder, disks, onto, flatten))
 
+    def verify(self, domain: str | None = None, point: str | None = None) -> VerifyView:
+        """Read everything and compare it with its digests.  Changes nothing, takes no lock.
+
+        point -- only this one of `domain`, and what it stands on
+
+        Raises NoPoint, RepositoryFailed, and Unsupported where QEMU's tools are not installed.
+        What is damaged is no error: it is in the view.
+        """
+        from .verification import verify
+
+        if point is not None and domain is None:
+            raise InvalidRequest("a point is named together with its domain")
+        counted = 0
+        findings: list[VerifyFinding] = []
+        chosen = self._loaded(domain)
+        if point is not None:
+            chosen = [(lineage, loaded) for lineage, loaded in chosen if _has(loaded, point)]
+            if not chosen:
+                raise NoPoint(f"domain {domain!r} has no restore point {point} in {self.path}")
+        for lineage, loaded in chosen:
+            wanted: tuple[str, ...] | None = None
+            if point is not None:
+                wanted = (point,)
+            elif domain is not None:
+                # What cannot be read may be that domain's.
+                lost = (each.point for each in loaded.damaged if each.point is not None)
+                wanted = (*loaded.points.of(domain), *lost)
+            count, found = verify(lineage, wanted)
+            counted += count
+            findings += found
+        return VerifyView(counted, tuple(findings))
+
     def plan_prune(self, retention: Retention, domain: str | None = None) -> PruneView:
         """What `prune` would do.  Changes nothing; raises as that."""
         decided = [
@@ -218,6 +252,10 @@ def _request(
     volumes = {disk: Path(path) for disk, path in (onto or {}).items()}
     place = None if folder is None else Path(folder)
     return Request(point, place, tuple(disks), volumes, flatten)
+
+
+def _has(loaded: Loaded, point: str) -> bool:
+    return point in loaded.points or any(damage.point == point for damage in loaded.damaged)
 
 
 def _damage_views(lineage: Lineage, loaded: Loaded) -> tuple[DamageView, ...]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..engine.qemu_img import serve_image
+from ..engine.qemu_img import ImageServer, serve_image
 from ..errors import OperationFailed, RepositoryDamaged
 from ..store import files
 from . import overlays, rewriting
@@ -199,6 +199,21 @@ def alone(path: Path, disk: str, what: str, size: int) -> Iterator[Source]:
 
     Raises RepositoryDamaged for one that QEMU's programs cannot open, or that is not what we wrote.
     """
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(path, disk, what, size))
+        try:
+            source = stack.enter_context(Source(server.socket, "", disk, check=server.check))
+        except OperationFailed as error:
+            raise unreadable(what, error) from error
+        yield source
+
+
+@contextmanager
+def serving(path: Path, disk: str, what: str, size: int) -> Iterator[ImageServer]:
+    """The server of that; the header is looked at before any program of QEMU's sees the image.
+
+    Raises RepositoryDamaged.
+    """
     try:
         header = read_header(path)
     except OSError as error:
@@ -206,10 +221,5 @@ def alone(path: Path, disk: str, what: str, size: int) -> Iterator[Source]:
         raise RepositoryDamaged(f"{what} cannot be read: {reason}") from error
     if header is None or header.data_file or header.size != size:
         raise RepositoryDamaged(f"{what} is damaged: it has not the header that was written")
-    with ExitStack() as stack:
-        try:
-            server = stack.enter_context(serve_image(disk, str(path), chain=False))
-            source = stack.enter_context(Source(server.socket, "", disk, check=server.check))
-        except OperationFailed as error:
-            raise unreadable(what, error) from error
-        yield source
+    with serve_image(disk, str(path), chain=False) as server:
+        yield server

@@ -120,6 +120,11 @@ class Points:
             raise RepositoryDamaged(broken, hint="`ckptmgr verify` names all that is affected")
         return found
 
+    def reached(self, point: str, disk: str) -> tuple[str, ...]:
+        """As `chain`, as far as that goes.  Raises NoPoint."""
+        self.disk(point, disk)
+        return self._walk(point, disk)[0]
+
     def broken(self, point: str) -> str | None:
         """Why a disk of `point` cannot be put together; None if all can.  Raises NoPoint."""
         reasons = (self._walk(point, disk.name)[1] for disk in self.get(point).disks)

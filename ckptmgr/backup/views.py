@@ -165,6 +165,66 @@ class PruneView:
         }
 
 
+@dataclass(frozen=True)
+class VerifyFinding:
+    """One thing that is wrong in a repository.
+
+    code -- what it is: damaged-manifest, damaged-data, missing-point, ...
+    domain -- name of the domain that the point is of, where that is known
+    point -- the point that is damaged, or that should be there
+    disk -- the disk that is concerned; None: no one in particular
+    message -- says which file or point it is, and what is wrong with it
+    affected -- the points that cannot be trusted therefore
+    harmless -- nothing is lost by it
+    """
+
+    code: str
+    lineage: str
+    domain: str | None
+    point: str | None
+    disk: str | None
+    message: str
+    affected: tuple[str, ...]
+    harmless: bool
+
+    def json(self) -> dict[str, Any]:
+        """The entry of ``"findings"``."""
+        return {
+            "code": self.code,
+            "lineage": self.lineage,
+            "domain": self.domain,
+            "point": self.point,
+            "disk": self.disk,
+            "message": self.message,
+            "affected": list(self.affected),
+            "harmless": self.harmless,
+        }
+
+
+@dataclass(frozen=True)
+class VerifyView:
+    """What a verification found.
+
+    points -- how many points were looked at
+    """
+
+    points: int
+    findings: tuple[VerifyFinding, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether all of them can be restored as they were."""
+        return all(finding.harmless for finding in self.findings)
+
+    def json(self) -> dict[str, Any]:
+        """The document of verify."""
+        return {
+            "sound": self.sound,
+            "points": self.points,
+            "findings": [finding.json() for finding in self.findings],
+        }
+
+
 def point_view(
     lineage: str, folder: str, point: Manifest, *, parent: str | None, broken: str | None
 ) -> PointView:

@@ -26,6 +26,7 @@ from . import (
     prune,
     restore,
     snapshots,
+    verify,
 )
 from .answer import Answer, OutputClosed, print_answer
 from .failure import Interrupted, abandon_output, failure, report
@@ -81,6 +82,7 @@ for _module in (
     points,
     restore,
     prune,
+    verify,
     hook,
     completion,
 ):

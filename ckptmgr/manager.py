@@ -35,7 +35,7 @@ from .views import CheckpointView, DiffView, DomainView, ListView, SnapshotView
 
 if TYPE_CHECKING:
     from .align import DiskRequest
-    from .backup.views import PointView
+    from .backup.views import PointView, RestoreView
     from .consistency import Finding
     from .plan.steps import Plan
 
@@ -365,6 +365,38 @@ class Domain:
         """What backup() would do."""
         asked = _backup_request(repository, name, options)
         return operation.backup.plan_backup(self._now, asked)
+
+    @_names_domain
+    def restore(
+        self,
+        repository: str | Path,
+        point: str,
+        *,
+        disks: Sequence[str] = (),
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> RestoreView:
+        """Restore disks of the domain, which is shut off, in place.
+
+        disks -- targets; default: all of the point
+        progress -- called with a disk, how many bytes of it are done, and of how many
+
+        With all of them the domain goes back to the point: its history gets a branch there.  With
+        some it goes on from where it is.  Either way what was restored is the current checkpoint.
+        """
+        from .operation import restoration  # libnbd, which few commands need
+
+        request = restoration.Request(Path(repository), point, tuple(disks))
+        return restoration.restore(self._now, request, progress or (lambda disk, done, total: None))
+
+    @_names_domain
+    def plan_restore(
+        self, repository: str | Path, point: str, *, disks: Sequence[str] = ()
+    ) -> Plan:
+        """What restore() would do."""
+        from .operation import restoration
+
+        request = restoration.Request(Path(repository), point, tuple(disks))
+        return restoration.plan_restore(self._now, request)
 
     # --- snapshots ---------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ckptmgr
+from ckptmgr.backup.block import BLOCK
 from integration.conftest import MakeMachine
 from integration.stand import DiskSpec, Machine
 from integration.test_backup import Backups
@@ -62,3 +63,142 @@ def test_every_point_comes_back_byte_for_byte(backups: Backups, point: str, tmp_
     assert [(disk.file, disk.format) for disk in onto.disks] == [(str(volume), "raw")]
     data = held(backups, point, "vdb")
     assert volume.read_bytes() == data + bytes(9 * MIB + 100 - len(data))
+
+
+# --- in place --------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="tracked")
+def tracked_fixture(make_vm: MakeMachine, tmp_path: Path) -> Backups:
+    """monday <- tuesday <- wednesday, of two qcow2 disks; something was written since; shut off."""
+    disks = [DiskSpec("vda"), DiskSpec("vdb", size=8 * MIB + 512, cluster_size=4096)]
+    backups = Backups(make_vm(disks, state="running"), tmp_path)
+    for seed, name in enumerate(("monday", "tuesday", "wednesday")):
+        scribble(backups.machine, seed)
+        backups.take(name)
+    scribble(backups.machine, 3)
+    backups.held["now"] = {
+        disk.target: backups.machine.contents(disk.target) for disk in backups.machine.disks
+    }
+    backups.machine.stop()
+    return backups
+
+
+def small_and_right(backups: Backups, name: str, parent: str, most: int = 6 * BLOCK) -> None:
+    """The next backup is an increment, of what was written and no more, and holds what is there."""
+    machine = backups.machine
+    if not machine.active:
+        machine.start()
+    for disk in machine.disks:
+        machine.write(disk.target, 1 * MIB, 4096, 0x77)
+    made = backups.take(name)
+    assert made.parent == parent
+    assert [(disk.mode, disk.base, disk.reason) for disk in made.disks] == [
+        ("incremental", parent, None)
+    ] * len(machine.disks)
+    assert all(disk.bytes <= most for disk in made.disks), made.disks
+    backups.check(made)
+
+
+def changed(backups: Backups, start: str, end: str | None = None) -> dict[str, int | None]:
+    """Bytes that changed, by disk; None: unknown."""
+    with backups.domain() as domain:
+        return {
+            disk.name: disk.dirty_bytes if disk.known else None
+            for disk in domain.diff(start, end).disks
+        }
+
+
+def assert_consistent(backups: Backups) -> None:
+    with backups.domain() as domain:
+        assert [each for each in domain.check() if not each.harmless] == []
+
+
+@pytest.mark.parametrize("point", ["monday", "wednesday"])
+def test_a_domain_goes_back_to_a_point_and_its_history_goes_on(
+    tracked: Backups, point: str
+) -> None:
+    machine = tracked.machine
+    modes = {path: path.stat().st_mode for path in machine.images.values()}
+    with tracked.domain() as domain:
+        done = domain.restore(tracked.repository, point)
+        restored = domain.current()
+    assert restored is not None
+    assert restored.parent == point
+    assert [disk.file for disk in done.disks] == [str(path) for path in machine.images.values()]
+    for target, path in machine.images.items():
+        assert machine.contents(target) == tracked.held[point][target]
+        assert path.stat().st_mode == modes[path]
+        assert list(machine.bitmaps(target)) == [restored.name]
+        assert sorted(each.name for each in path.parent.iterdir()) == ["vda.qcow2", "vdb.qcow2"]
+    assert changed(tracked, point, restored.name) == {"vda": 0, "vdb": 0}
+    assert_consistent(tracked)
+    small_and_right(tracked, "thursday", point)
+    assert_consistent(tracked)
+
+
+def test_the_line_that_was_left_stays_in_the_tree_with_what_is_known_of_it(
+    tracked: Backups,
+) -> None:
+    before = changed(tracked, "monday", "wednesday")
+    with tracked.domain() as domain:
+        domain.restore(tracked.repository, "monday")
+        tails = domain._session.store.load().record.tails
+    assert changed(tracked, "monday", "wednesday") == before
+    assert set(tails) == {"wednesday"}
+    assert all(tails["wednesday"][target] for target in ("vda", "vdb"))
+    # And forth again: the way to the other branch is known, so the next backup is small.
+    tracked.machine.start()
+    tracked.machine.stop()
+    with tracked.domain() as domain:
+        domain.restore(tracked.repository, "wednesday")
+    for target in ("vda", "vdb"):
+        assert tracked.machine.contents(target) == tracked.held["wednesday"][target]
+    small_and_right(tracked, "thursday", "wednesday")
+
+
+def test_one_disk_is_restored_and_the_others_go_on(tracked: Backups) -> None:
+    machine = tracked.machine
+    with tracked.domain() as domain:
+        domain.restore(tracked.repository, "monday", disks=["vda"])
+        restored = domain.current()
+    assert restored is not None
+    assert restored.parent == "wednesday"
+    assert machine.contents("vda") == tracked.held["monday"]["vda"]
+    assert machine.contents("vdb") == tracked.held["now"]["vdb"]
+    assert list(machine.bitmaps("vda")) == [restored.name]
+    since = changed(tracked, "wednesday", restored.name)
+    assert since["vda"]
+    assert since["vdb"]
+    assert_consistent(tracked)
+    machine.start()
+    made = tracked.take("thursday")
+    tracked.check(made)
+    assert [(disk.mode, disk.reason) for disk in made.disks] == [("incremental", None)] * 2
+    # All that differs between two points is in what is said to have changed between them.
+    for earlier in ("monday", "tuesday", "wednesday"):
+        with tracked.domain() as domain:
+            for disk in domain.diff(earlier, "thursday").disks:
+                one, other = tracked.held[earlier][disk.name], tracked.held["thursday"][disk.name]
+                assert disk.map is not None
+                covered = bytearray(len(one))
+                for start, length in disk.extents():
+                    covered[start : start + length] = b"\1" * length
+                assert all(
+                    covered[at]
+                    for at in range(0, len(one), 512)
+                    if one[at : at + 512] != other[at : at + 512]
+                )
+
+
+def test_a_point_of_which_the_history_knows_nothing_begins_a_new_root(tracked: Backups) -> None:
+    with tracked.domain() as domain:
+        domain.delete("tuesday")
+        domain.restore(tracked.repository, "tuesday")
+        restored = domain.current()
+    assert restored is not None
+    assert restored.parent is None
+    for target in ("vda", "vdb"):
+        assert tracked.machine.contents(target) == tracked.held["tuesday"][target]
+    assert_consistent(tracked)
+    small_and_right(tracked, "thursday", "tuesday")

@@ -84,9 +84,12 @@ def restore(kept: Kept, request: Request, progress: Progress) -> RestoreView:
     """Restore disks to where the request says.  See Catalogue.restore."""
     request = settled(request)
     places = place(kept.manifest, request, volumes(request.onto))
-    with made(request.folder), staged(kept.lineage, kept.manifest, places, progress=progress) as it:
-        install(it)
-        return view(kept.manifest, it, None)
+    with (
+        made(request.folder),
+        staged(kept.lineage, kept.manifest, places, progress=progress) as work,
+    ):
+        install(work.disks)
+        return view(kept.manifest, work.disks, None)
 
 
 def plan_restore(kept: Kept, request: Request) -> Plan:

@@ -67,6 +67,21 @@ class Staged:
     bytes: int
 
 
+class Work:
+    """Disks that are written.
+
+    disks -- in the order in which they were asked for
+    """
+
+    def __init__(self, done: list[Staged], order: list[str]) -> None:
+        self.disks = tuple(sorted(done, key=lambda each: order.index(each.place.disk)))
+        self._done = done
+
+    def keep(self) -> None:
+        """Somebody else sees from now on to what has no name of its own."""
+        self._done.clear()
+
+
 @contextmanager
 def staged(
     lineage: Lineage,
@@ -75,8 +90,8 @@ def staged(
     *,
     progress: Progress = lambda disk, done, of: None,
     rate: Rate | None = None,
-) -> Iterator[tuple[Staged, ...]]:
-    """Write the disks in `places`; what was not installed when the block ends is removed.
+) -> Iterator[Work]:
+    """Write the disks in `places`; what has no name of its own when the block ends is removed.
 
     Raises RepositoryDamaged, RepositoryFailed, RestoreFailed, InvalidRequest, Busy.
     """
@@ -89,8 +104,7 @@ def staged(
                 done.append(_overlay(lineage, manifest, place))
             else:
                 done.append(_stage(sources[place.disk], place, progress, rate))
-        order = [place.disk for place in places]
-        yield tuple(sorted(done, key=lambda each: order.index(each.place.disk)))
+        yield Work(done, [place.disk for place in places])
 
 
 def _opened(

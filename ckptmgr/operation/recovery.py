@@ -53,6 +53,10 @@ def settle(session: Session) -> None:
         _settle_archive(session, intent, loaded)
     elif intent.operation == "revert":
         reversion.settle(session, intent)
+    elif intent.operation == "restore":
+        from . import restoration  # libnbd, which few commands need
+
+        restoration.settle(session, intent)
     elif intent.operation == "adopt":
         # Each document stands for itself; the next adopt takes the rest.
         session.store.clear_intent()

@@ -135,7 +135,7 @@ def _intent(
     """Read and keep what would be lost; say in the intent how to go on without it."""
     history = loaded.history
     images = returning(session, snapshot)
-    tails = _tails(session, history, images)
+    tails = keep_tails(session, history, images)
     staying = frozenset(target for target, kind in snapshot.disks if kind is Kind.NO)
     intervals: dict[str, dict[str, str | None]] = {}
     targets = (*(disk.target for disk in session.disks), *(image.target for image in images))
@@ -150,7 +150,7 @@ def _intent(
                 "map": interval.map,
                 "reason": interval.reason,
             }
-    name = _free_name(history, int(time.time()))
+    name = free_name(history, int(time.time()))
     paused, runs = _afterwards(snapshot, request)
     return Intent(
         "revert",
@@ -223,7 +223,8 @@ def _document(session: Session, name: str) -> str:
     return format_libvirt(Checkpoint(name, 1, None, session.choice.engine, disks))
 
 
-def _free_name(history: History, now: int) -> str:
+def free_name(history: History, now: int) -> str:
+    """A name for a checkpoint that nobody names: the time, or a second later."""
     names = map(str, range(now, now + len(history.checkpoints) + 1))
     return next(name for name in names if name not in history.checkpoints)
 
@@ -239,7 +240,7 @@ def _trackers(history: History, targets: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _tails(
+def keep_tails(
     session: Session, history: History, images: Iterable[DiskLayers]
 ) -> dict[str, dict[str, str | None]]:
     """What was written since each disk's newest checkpoint, kept in the store.

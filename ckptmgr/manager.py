@@ -35,6 +35,8 @@ from .views import CheckpointView, DiffView, DomainView, ListView, SnapshotView
 
 if TYPE_CHECKING:
     from .align import DiskRequest
+    from .backup.placement import Request as PlacementRequest
+    from .backup.restoring import Kept
     from .backup.views import PointView, RestoreView
     from .consistency import Finding
     from .plan.steps import Plan
@@ -139,6 +141,23 @@ def _engine_name(engine: str) -> EngineName | None:
         raise InvalidRequest(f"there is no engine {engine!r}", hint=f"engines: {known}") from None
 
 
+def _to_define(
+    repository: str | Path,
+    domain: str,
+    point: str,
+    folder: str | Path,
+    disks: Sequence[str],
+    onto: Mapping[str, str | Path] | None,
+    flatten: bool,
+) -> tuple[Kept, PlacementRequest]:
+    from .backup.catalogue import request
+    from .backup.repository import Repository
+    from .backup.restoring import find
+
+    kept = find(Repository(Path(repository)), domain, point)
+    return kept, request(point, folder, disks, onto, flatten)
+
+
 class Host:
     """A hypervisor and a store.  Close it, or use it as a context manager."""
 
@@ -165,6 +184,58 @@ class Host:
         adapter = self._connection.domain(name)
         store = self._store.domain(adapter.uuid)
         return Domain(Session(adapter, store, self._settings, self._asked, _settled))
+
+    def restore(
+        self,
+        repository: str | Path,
+        domain: str,
+        point: str,
+        folder: str | Path,
+        *,
+        name: str,
+        disks: Sequence[str] = (),
+        onto: Mapping[str, str | Path] | None = None,
+        flatten: bool = False,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> RestoreView:
+        """Define a new domain called `name` from a restore point.
+
+        It has a new UUID and new MAC addresses; its images, and copies of its firmware's variables,
+        kernel and initrd, are in `folder`; disks that are not restored are left out of it.  Its
+        current checkpoint, called as the point, is the point: the next backup is an increment.
+
+        domain, disks, onto, flatten, progress -- as for Catalogue.restore
+        """
+        from .operation import defining  # libnbd, which few commands need
+
+        kept, request = _to_define(repository, domain, point, folder, disks, onto, flatten)
+        return defining.define(
+            self._connection,
+            self._store,
+            self._settings,
+            kept,
+            request,
+            name,
+            progress or (lambda disk, done, total: None),
+        )
+
+    def plan_restore(
+        self,
+        repository: str | Path,
+        domain: str,
+        point: str,
+        folder: str | Path,
+        *,
+        name: str,
+        disks: Sequence[str] = (),
+        onto: Mapping[str, str | Path] | None = None,
+        flatten: bool = False,
+    ) -> Plan:
+        """What restore() would do."""
+        from .operation import defining
+
+        kept, request = _to_define(repository, domain, point, folder, disks, onto, flatten)
+        return defining.plan_define(self._connection, kept, request, name)
 
     def domain_names(self) -> list[str]:
         """Names of all domains, running or not."""

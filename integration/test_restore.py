@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import random
 import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,3 +207,108 @@ def test_a_point_of_which_the_history_knows_nothing_begins_a_new_root(tracked: B
         assert tracked.machine.contents(target) == tracked.held["tuesday"][target]
     assert_consistent(tracked)
     small_and_right(tracked, "thursday", "tuesday")
+
+
+# --- a new domain ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def defined(
+    backups: Backups, point: str, folder: Path, name: str, **options: Any
+) -> Iterator[Backups]:
+    """A domain that was made from a point, as a machine with backups of its own."""
+    machine = backups.machine
+    with ckptmgr.connect(machine.uri, store=backups.store) as host:
+        done = host.restore(backups.repository, machine.name, point, folder, name=name, **options)
+    assert done.domain is not None
+    assert done.domain.name == name
+    new = copy.copy(machine)
+    new.name = name
+    new.domain = machine.stand.handle.lookupByName(name)
+    new.images = {disk.name: Path(disk.file) for disk in done.disks}
+    new.writes = {disk.name: [] for disk in done.disks}
+    new.disks = tuple(
+        replace(disk, format=each.format)
+        for disk in machine.disks
+        for each in done.disks
+        if each.name == disk.target
+    )
+    again = copy.copy(backups)
+    again.machine = new
+    lineage = backups.repository / machine.domain.UUIDString()
+    again.image = (  # type: ignore[method-assign]
+        lambda manifest, target: lineage / manifest.name / f"{target}.qcow2"
+    )
+    try:
+        yield again
+    finally:
+        new.destroy()
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_new_domain_runs_and_its_next_backup_is_small(
+    tracked: Backups, tmp_path: Path, flatten: bool
+) -> None:
+    machine = tracked.machine
+    machine.start()
+    with defined(tracked, "tuesday", tmp_path / "new", "restored", flatten=flatten) as new:
+        assert new.machine.domain.UUIDString() != machine.domain.UUIDString()
+        with new.domain() as domain:
+            found = domain.current()
+            assert found is not None
+            assert (found.name, found.parent) == ("tuesday", None)
+        assert_consistent(new)
+        for target in ("vda", "vdb"):
+            assert new.machine.contents(target) == tracked.held["tuesday"][target]
+        new.machine.start(paused=False)
+        small_and_right(new, "restored-1", "tuesday")
+        small_and_right(new, "restored-2", "restored-1")
+        made = tracked.take("thursday")  # the first domain goes on beside it
+        assert made.parent == "wednesday"
+        points = ckptmgr.repository(tracked.repository).points("restored").points
+        assert [(point.name, point.parent) for point in points] == [
+            ("restored-1", "tuesday"),
+            ("restored-2", "restored-1"),
+        ]
+        assert_consistent(new)
+
+
+def test_a_new_domain_has_copies_of_what_it_is_made_of(
+    make_vm: MakeMachine, tmp_path: Path
+) -> None:
+    kernel, initrd = tmp_path / "vmlinuz", tmp_path / "initrd.img"
+    kernel.write_bytes(b"a kernel")
+    initrd.write_bytes(b"an initrd")
+    elements = f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd>"
+    backups = Backups(make_vm([DiskSpec("vda")], state="stopped", os_elements=elements), tmp_path)
+    backups.take("monday")
+    kernel.unlink()
+    with defined(backups, "monday", tmp_path / "new", "restored") as new:
+        text = new.machine.domain.XMLDesc()
+        assert f"<kernel>{tmp_path}/new/kernel</kernel>" in text
+        assert (tmp_path / "new/kernel").read_bytes() == b"a kernel"
+        assert (tmp_path / "new/initrd").read_bytes() == b"an initrd"
+
+
+def test_a_name_that_is_taken_is_refused_before_anything_is_copied(
+    tracked: Backups, tmp_path: Path
+) -> None:
+    name = tracked.machine.name
+    with ckptmgr.connect(tracked.machine.uri, store=tracked.store) as host:
+        with pytest.raises(ckptmgr.InvalidRequest, match=f"there is a domain '{name}'"):
+            host.restore(tracked.repository, name, "monday", tmp_path / "new", name=name)
+        with pytest.raises(ckptmgr.CkptmgrError):
+            host.restore(tracked.repository, name, "monday", tmp_path / "new", name=" ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_domain_that_libvirt_refuses_leaves_nothing(tracked: Backups, tmp_path: Path) -> None:
+    name = tracked.machine.name
+    with (
+        ckptmgr.connect(tracked.machine.uri, store=tracked.store) as host,
+        pytest.raises(ckptmgr.CkptmgrError, match="too long"),
+    ):
+        # libvirt has a file of that name.
+        long = "x" * 300
+        host.restore(tracked.repository, name, "monday", tmp_path / "new", name=long, flatten=True)
+    assert not (tmp_path / "new").exists()

@@ -15,7 +15,7 @@ import pytest
 from pyroaring import BitMap64
 
 from ckptmgr.backup.repository import Repository
-from ckptmgr.backup.views import PointView, point_view
+from ckptmgr.backup.views import PointView, RestoredDisk, RestoreView, point_view
 from ckptmgr.checkpoint import EngineName, State
 from ckptmgr.cli.session import Session
 from ckptmgr.consistency import Finding, MarkBroken
@@ -127,7 +127,7 @@ class Domain:
     fails: Exception | None = None
     signal: int | None = None
 
-    def _note(self, name: str, *arguments: Any, **options: Any) -> None:
+    def _note(self, name: str, /, *arguments: Any, **options: Any) -> None:
         self.asked.append((name, arguments, options))
         if self.signal is not None:
             os.kill(os.getpid(), self.signal)
@@ -262,9 +262,22 @@ class Domain:
         self._note("plan_redefine", document, **options)
         return PLAN
 
+    def restore(self, *arguments: Any, **options: Any) -> RestoreView:
+        self._note("restore", *arguments, **options)
+        return RESTORED
+
+    def plan_restore(self, *arguments: Any, **options: Any) -> Plan:
+        self._note("plan_restore", *arguments, **options)
+        return PLAN
+
     def plan_adopt(self) -> Plan:
         self._note("plan_adopt")
         return PLAN
+
+
+RESTORED = RestoreView(
+    "monday", DOMAIN, (RestoredDisk("vda", "/img/vda.qcow2", "qcow2", 64 * KIB, 1024 * KIB),)
+)
 
 
 @dataclass
@@ -280,6 +293,14 @@ class Host:
         if name != "web":
             raise NoDomain(f"there is no domain {name!r}", hint="virsh list --all")
         return self.only
+
+    def restore(self, *arguments: Any, **options: Any) -> RestoreView:
+        self.only._note("define", *arguments, **options)
+        return RESTORED
+
+    def plan_restore(self, *arguments: Any, **options: Any) -> Plan:
+        self.only._note("plan_define", *arguments, **options)
+        return PLAN
 
     def domain_names(self) -> list[str]:
         return ["web", "my vm", "a,b", "$(reboot)"]

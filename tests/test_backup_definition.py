@@ -103,6 +103,17 @@ def test_the_firmwares_variables_go_where_newer_libvirts_have_them() -> None:
     assert '<varstore template="/t"/>' in bare
 
 
+def test_the_state_of_a_tpm_goes_where_the_definition_says() -> None:
+    tpm = (
+        "<tpm model='tpm-crb'><backend type='emulator' version='2.0'>"
+        "<source type='dir' path='/tpm/web'/></backend></tpm></devices>"
+    )
+    text = WEB.replace("</devices>", tpm)
+    made = redefined(text, identity(), {}, {"tpm": Path("/r/tpm")}).text
+    assert '<source type="dir" path="/r/tpm"/>' in made
+    assert "/tpm/web" not in redefined(text, identity(), {}, {}).text
+
+
 def test_a_definition_without_uuid_gets_one() -> None:
     made = redefined("<domain><name>a</name><memory>1</memory></domain>", identity(), {}, {})
     assert [element.tag for element in parse(made.text)] == ["name", "uuid", "memory"]

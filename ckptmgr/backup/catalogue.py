@@ -111,7 +111,7 @@ class Catalogue:
         from . import restoring  # libnbd, which few commands need
 
         kept = restoring.find(self._repository, domain, point)
-        return restoring.restore(kept, _request(point, folder, disks, onto, flatten), progress)
+        return restoring.restore(kept, request(point, folder, disks, onto, flatten), progress)
 
     def plan_restore(
         self,
@@ -127,7 +127,7 @@ class Catalogue:
         from . import restoring  # libnbd, which few commands need
 
         kept = restoring.find(self._repository, domain, point)
-        return restoring.plan_restore(kept, _request(point, folder, disks, onto, flatten))
+        return restoring.plan_restore(kept, request(point, folder, disks, onto, flatten))
 
     def verify(self, domain: str | None = None, point: str | None = None) -> VerifyView:
         """Read everything and compare it with its digests.  Changes nothing, takes no lock.
@@ -242,13 +242,14 @@ class Catalogue:
         return chosen
 
 
-def _request(
+def request(
     point: str,
     folder: str | Path | None,
     disks: Sequence[str],
     onto: Mapping[str, str | Path] | None,
     flatten: bool,
 ) -> Request:
+    """The request, from what a caller may give."""
     volumes = {disk: Path(path) for disk, path in (onto or {}).items()}
     place = None if folder is None else Path(folder)
     return Request(point, place, tuple(disks), volumes, flatten)

@@ -41,7 +41,7 @@ from ..xml import NAMESPACE, parse, to_text
 
 WHAT = "the domain's XML in the restore point"
 
-_PATHS = {"kernel": "os/kernel", "initrd": "os/initrd"}
+_PATHS = {"kernel": "os/kernel", "initrd": "os/initrd", "dtb": "os/dtb"}
 """Files of a point that an element names by its text, by role."""
 
 
@@ -93,7 +93,8 @@ def redefined(
     """The definition of a new domain, from that of a restore point.
 
     images -- by the target of the disk
-    files -- by role (nvram, varstore, kernel, initrd): the copies
+    files -- by role (nvram, varstore, kernel, initrd, dtb): the copies; tpm: the folder, where the
+             definition names one
 
     Raises InvalidDocument.
     """
@@ -158,6 +159,12 @@ def _point_to_files(root: etree._Element, files: Mapping[str, Path]) -> list[str
         _unset(element, "path")
         if "varstore" in files:
             element.set("path", str(files["varstore"]))
+    for source in root.findall("devices/tpm/backend[@type='emulator']/source"):
+        # Else libvirt has a folder for each UUID (swtpmStorageDir of qemu_conf.c).
+        if "tpm" in files:
+            source.set("path", str(files["tpm"]))
+        else:
+            _parent(source).remove(source)
     return notes
 
 

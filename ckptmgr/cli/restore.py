@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,8 +17,8 @@ from .arguments import (
     text,
 )
 from .candidates import complete_kept_disk
-from .checkpoints import planned
-from .session import Command
+from .checkpoints import exclusive, planned
+from .session import Command, Session
 from .table import Column, table
 from .terminal import Terminal
 from .units import size
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.argument(
     "folder", metavar="[DIR]", required=False, type=click.Path(file_okay=False, path_type=Path)
 )
+@click.option("--define", "name", metavar="NAME", type=text, help="Define a domain NAME with them.")
 @click.option("--flatten", is_flag=True, help="Write images that stand by themselves.")
 @click.option(
     "--disk",
@@ -51,15 +52,22 @@ if TYPE_CHECKING:
     type=text,
     help="Write a disk to a volume that is there; may be repeated.",
 )
+@click.option(
+    "--in-place", is_flag=True, help="Put the disks of the domain back, which must be shut off."
+)
 @dry_run_option
+@click.pass_context
 def restore(
+    context: click.Context,
     repository: Path,
     domain: str,
     point: str,
     folder: Path | None,
+    name: str | None,
     flatten: bool,
     disks: tuple[str, ...],
     onto: tuple[str, ...],
+    in_place: bool,
     dry_run: bool,
 ) -> Answer:
     """Restore the disks of a point.
@@ -67,17 +75,38 @@ def restore(
     Into DIR come overlays that can be booted at once, or with --flatten images that stand by
     themselves.
     """
-    from ..backup.catalogue import repository as open_repository
+    from .progress import CopyProgress
 
-    found = open_repository(repository)
+    given = {"DIR": folder is not None, "--define": name is not None, "--flatten": flatten}
+    for option, used in {**given, "--onto": bool(onto)}.items():
+        exclusive(context, {"--in-place": in_place, option: used})
     volumes = dict(_volume(each) for each in onto)
     if len(volumes) != len(onto):
         raise click.BadParameter("a disk can be written to one volume", param_hint="'--onto'")
-    if dry_run:
-        return planned(
-            found.plan_restore(domain, point, folder, disks=disks, onto=volumes, flatten=flatten)
-        )
-    return _answer(found.restore(domain, point, folder, disks=disks, onto=volumes, flatten=flatten))
+    session = context.ensure_object(Session)
+    with CopyProgress(quiet=session.verbosity < 0) as progress:
+        if in_place:
+            with session.domain(domain) as target:
+                if dry_run:
+                    return planned(target.plan_restore(repository, point, disks=disks))
+                return _answer(target.restore(repository, point, disks=disks, progress=progress))
+        options: dict[str, Any] = {"disks": disks, "onto": volumes, "flatten": flatten}
+        if name is not None:
+            if folder is None:
+                raise click.UsageError("--define needs a folder DIR for the new domain's files")
+            options["name"] = name
+            with session.host() as host:
+                if dry_run:
+                    return planned(host.plan_restore(repository, domain, point, folder, **options))
+                return _answer(
+                    host.restore(repository, domain, point, folder, progress=progress, **options)
+                )
+        from ..backup.catalogue import repository as open_repository
+
+        found = open_repository(repository)
+        if dry_run:
+            return planned(found.plan_restore(domain, point, folder, **options))
+        return _answer(found.restore(domain, point, folder, progress=progress, **options))
 
 
 def _volume(value: str) -> tuple[str, Path]:

@@ -242,6 +242,14 @@ class Connection:
             self._backup_features[machine] = parse_backup_feature(capabilities)
         return self._backup_features[machine]
 
+    def define(self, definition: str) -> DomainAdapter:
+        """A new domain, from its XML.  Raises InvalidDocument, OperationFailed."""
+        from .adapter import DomainAdapter
+
+        flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE
+        with translate("defining the domain"):
+            return DomainAdapter(self, self.handle.defineXMLFlags(definition, flags))
+
     def domains(self) -> list[str]:
         """The names of all domains, sorted."""
         with translate("listing the domains"):

@@ -12,8 +12,8 @@ import pytest
 from ckptmgr.backup import volume
 from ckptmgr.backup.block import BLOCK
 from ckptmgr.backup.catalogue import Catalogue, repository
+from ckptmgr.backup.overlays import RECORD, recorded
 from ckptmgr.backup.repository import Lineage
-from ckptmgr.backup.staging import OVERLAYS, overlays
 from ckptmgr.backup.volume import NewFile, Volume
 from ckptmgr.domain.images import read_header
 from ckptmgr.errors import (
@@ -64,12 +64,12 @@ def test_the_point_knows_the_overlays_that_stand_on_it(
 ) -> None:
     for folder in ("a", "b"):
         catalogue.restore("web", "monday", tmp_path / folder, disks=["vda"])
-    found = json.loads((lineage.path / "monday" / OVERLAYS).read_text())
+    found = json.loads((lineage.path / "monday" / RECORD).read_text())
     assert [each["path"] for each in found] == [
         str(tmp_path / folder / "vda.qcow2") for folder in ("a", "b")
     ]
-    assert overlays(lineage, "monday") == found
-    assert overlays(lineage, "tuesday") == []
+    assert recorded(lineage.path / "monday") == found
+    assert recorded(lineage.path / "tuesday") == []
 
 
 def test_a_domain_is_found_by_name_and_by_uuid_and_no_other(catalogue: Catalogue) -> None:

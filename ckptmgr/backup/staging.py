@@ -7,23 +7,20 @@ every disk is there; whatever goes wrong before that leaves nothing behind.  Vol
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import re
 import stat
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.qemu_img import check_free
 from ..errors import Busy, CkptmgrError, InvalidRequest, RepositoryFailed, RestoreFailed
-from ..store import files
+from . import overlays
 from .copying import Rate
 from .extraction import Extraction, check_image, opened
-from .failure import failing, of_the_repository
 from .manifest import Manifest
 from .placement import Kind, Place
 from .points import Points
@@ -32,9 +29,6 @@ from .repository import Lineage
 from .volume import NewFile, Volume
 
 log = logging.getLogger("ckptmgr")
-
-OVERLAYS = "overlays.json"
-"""In a point's folder: the overlays that stand on its images, ``[{"path", "created"}, ...]``."""
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.restoring")
 """Names of images that are being written."""
@@ -96,7 +90,11 @@ def staged(
     Raises RepositoryDamaged, RepositoryFailed, RestoreFailed, InvalidRequest, Busy.
     """
     with ExitStack() as stack:
-        sources = _opened(lineage, manifest, places, stack)
+        overlaid = any(each.kind is Kind.OVERLAY for each in places)
+        if overlaid:
+            # Until the overlays are there, nothing else says that the point is needed.
+            stack.enter_context(_kept_still(lineage, needed=True))
+        sources = _opened(lineage, manifest, places, stack, locked=overlaid)
         done: list[Staged] = []
         stack.callback(_discard, done)
         for place in sorted(places, key=lambda place: place.kind is Kind.VOLUME):
@@ -108,18 +106,22 @@ def staged(
 
 
 def _opened(
-    lineage: Lineage, manifest: Manifest, places: Sequence[Place], stack: ExitStack
+    lineage: Lineage,
+    manifest: Manifest,
+    places: Sequence[Place],
+    stack: ExitStack,
+    *,
+    locked: bool,
 ) -> dict[str, Extraction]:
     """Everything that is read, open: from then on it may be removed and is still there for us."""
-    with _kept_still(lineage, needed=any(each.kind is Kind.OVERLAY for each in places)):
+    with nullcontext() if locked else _kept_still(lineage, needed=False):
         points = lineage.load().points
-        if points.get(manifest.name).id != manifest.id:
-            raise RepositoryFailed(f"restore point {manifest.name} was replaced just now")
+        manifest = _same(points, manifest)
         for place in places:
             _check(lineage, points, manifest, place)
-        for place in places:
-            if place.kind is Kind.OVERLAY:
-                _record_overlay(lineage, manifest, place.path)
+        new = [place.path for place in places if place.kind is Kind.OVERLAY]
+        if new:
+            overlays.record(lineage.path / manifest.name, new)
         return {
             place.disk: stack.enter_context(opened(lineage, points, manifest.name, place.disk))
             for place in places
@@ -127,12 +129,24 @@ def _opened(
         }
 
 
+def _same(points: Points, manifest: Manifest) -> Manifest:
+    """The manifest as it is now; a point that was merged with others stays the same one."""
+    found = points.get(manifest.name)
+    if found.id != manifest.id:
+        raise RepositoryFailed(f"restore point {manifest.name} was replaced just now")
+    return found
+
+
 @contextmanager
 def _kept_still(lineage: Lineage, *, needed: bool) -> Iterator[None]:
-    """Keep others from changing the points; a repository that cannot be written stays as it is."""
+    """Keep others from changing the points, and complete what was interrupted.
+
+    needed -- else, a repository that cannot be written stays as it is
+    """
     with ExitStack() as stack:
         try:
             stack.enter_context(lineage.lock(LOCK_TIMEOUT))
+            lineage.settle()
         except RepositoryFailed as error:
             if needed:
                 error.hint = "an overlay is recorded in the repository; use --flatten"
@@ -247,31 +261,6 @@ def _overlay(lineage: Lineage, manifest: Manifest, place: Place) -> Staged:
             sink.abandon()
             raise
     return Staged(place, temporary, 0)
-
-
-def _record_overlay(lineage: Lineage, manifest: Manifest, path: Path) -> None:
-    """Have prune keep the point as long as the overlay is there.  Raises RepositoryFailed."""
-    listed = lineage.path / manifest.name / OVERLAYS
-    entries = [each for each in overlays(lineage, manifest.name) if each["path"] != str(path)]
-    entries.append({"path": str(path), "created": int(time.time())})
-    with of_the_repository():
-        files.write(listed, json.dumps(entries, indent=2).encode() + b"\n")
-
-
-def overlays(lineage: Lineage, point: str) -> list[dict[str, object]]:
-    """The overlays that are recorded of a point; none if the record cannot be read.
-
-    Raises RepositoryFailed.
-    """
-    path = lineage.path / point / OVERLAYS
-    with failing(path, "cannot be read"):
-        try:
-            found = json.loads(files.read(path))
-        except FileNotFoundError:
-            return []
-        except ValueError:
-            raise RepositoryFailed(f"{path} cannot be read: it is not JSON") from None
-    return [each for each in found if isinstance(each, dict) and "path" in each]
 
 
 def _temporary(path: Path) -> Path:

@@ -42,7 +42,7 @@ from ..history import History
 from ..plan.steps import Direct, Plan
 from ..store import Store
 from ..views import DomainView
-from . import creation
+from . import creation, recovery
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
@@ -279,7 +279,9 @@ def _begin_history(
     adapter: DomainAdapter, store: Store, settings: Settings, manifest: Manifest
 ) -> None:
     """Make the new domain's first checkpoint, called as the point."""
-    session = Session(adapter, store.domain(adapter.uuid), settings, EngineName.OFFLINE)
+    session = Session(
+        adapter, store.domain(adapter.uuid), settings, EngineName.OFFLINE, recovery.settled
+    )
     if all(untrackable(disk, EngineName.OFFLINE) is not None for disk in session.disks):
         log.warning("no disk of domain %s can keep a bitmap: its history is empty", adapter.name)
         return

@@ -85,6 +85,7 @@ class Request:
 def restore(session: Session, request: Request, progress: Progress) -> RestoreView:
     """Restore disks of the domain in place.  See Domain.restore."""
     session.require_writable()
+    session = session.with_any_engine()
     _stands_still(session)
     with session.locked() as loaded:
         kept = _kept(session, loaded.history, request)
@@ -106,6 +107,7 @@ def restore(session: Session, request: Request, progress: Progress) -> RestoreVi
 def plan_restore(session: Session, request: Request) -> Plan:
     """What restore() would do; nothing is touched, not even a lock."""
     session.require_writable()
+    session = session.with_any_engine()
     _stands_still(session)
     history = session.loaded().history
     kept = _kept(session, history, request)
@@ -375,6 +377,7 @@ def _discard(disks: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _finish(session: Session, intent: Intent) -> None:
     """Do what the intent says; can be stopped at any point and called again."""
+    session = session.with_any_engine()
     data, name = intent.data, intent.names[0]
     loaded = session.loaded()
     if name not in loaded.history.checkpoints:
@@ -493,7 +496,7 @@ def _of_others(
     while True:
         engine = session.engine(_OFFLINE)
         engine.run(undo)  # of an attempt before
-        session = Session(session.adapter, session.store, session.settings, _OFFLINE)
+        session = session.renewed()
         request = creation.Request(name, None, tuple(map(DiskRequest, targets)), quiesce=False)
         made = creation.prepare(session, loaded, request, session.place(), unreadable)
         steps = [step for step in made.plan.steps if not isinstance(step, CheckpointRedefine)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -21,7 +22,7 @@ from ckptmgr.backup.block import BLOCK
 from ckptmgr.backup.repository import Repository
 from ckptmgr.cli import main
 
-from .kept_points import Kept, peek
+from .kept_points import Kept, peek, shown
 from .test_prune import damage, fork, points_path, tree, week
 
 ALL = {"mo", "tu", "we", "th", "fr", "sa"}
@@ -350,3 +351,43 @@ def test_findings_for_people(kept: Kept, capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("missing-image: disk vda of restore point fr: ")
     assert out[1:] == ["  affected: fr", "1 of 6 points cannot be trusted."]
+
+
+def test_points_are_opened_without_ckptmgr_as_the_documentation_says(
+    whole: Kept, tmp_path: Path
+) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "repository.md").read_text(encoding="utf-8")
+    commands = [line.split() for line in text.splitlines() if line.startswith("    qemu-img ")]
+    assert [command[1] for command in commands] == ["info", "convert", "create"]
+    content = whole.contents["fr"]["vda"]
+    for command in commands:
+        words = [
+            word.replace("/REPO", "REPO")
+            .replace("REPO", str(whole.repository))
+            .replace("<uuid>", whole.lineage.key)
+            .replace("friday", "fr")
+            .replace("/var/tmp", str(tmp_path))
+            for word in command
+        ]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        if command[1] == "info":
+            assert re.findall(r"image: .*/(\w+)/vda\.qcow2", done.stdout) == ["fr", "tu", "mo"]
+    assert (tmp_path / "vda.raw").read_bytes() == content
+    assert shown(tmp_path / "try.qcow2") == content
+    image = str(points_path(whole, "fr", "vda"))
+    with subprocess.Popen(
+        ["qemu-nbd", "--read-only", "--format=qcow2", f"--socket={tmp_path}/nbd", image]
+    ) as server:
+        uri = f"nbd+unix:///?socket={tmp_path}/nbd"
+        code = "import nbd, sys, time\nh = nbd.NBD()\n" + (
+            "for _ in range(600):\n"
+            "    try:\n"
+            f"        h.connect_uri({uri!r})\n"
+            "        break\n"
+            "    except nbd.Error:\n"
+            "        h = nbd.NBD(); time.sleep(0.1)\n"
+            "sys.stdout.buffer.write(h.pread(h.get_size(), 0)); h.shutdown()\n"
+        )
+        done_ = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        assert done_.stdout == content
+        server.wait()

@@ -26,7 +26,7 @@ from integration.stacks import RELEASES, Stack
 from integration.stacks.__main__ import NAMES
 from integration.stacks.fixtures import Stacks
 from integration.stacks.table import Cell
-from integration.stand import MIB, DiskSpec, Machine, rounded
+from integration.stand import MIB, DiskSpec, Guest, Machine, rounded
 from integration.traces import holding, naming
 from integration.tracked import Tracked
 
@@ -484,8 +484,11 @@ def test_history_goes_on_where_the_domain_is_defined_anew(
 # --- live migration ------------------------------------------------------------------------------
 
 
-def migrate(tracked: Tracked, target: Stack) -> None:
-    """Live migration with shared storage, to another libvirt of this machine."""
+def migrate(tracked: Tracked, target: Stack, xml: str | None = None) -> None:
+    """Live migration with shared storage, to another libvirt of this machine.
+
+    xml -- of the domain there, where it is not to be the same
+    """
     machine = tracked.machine
     flags = (
         libvirt.VIR_MIGRATE_LIVE
@@ -495,6 +498,8 @@ def migrate(tracked: Tracked, target: Stack) -> None:
         | libvirt.VIR_MIGRATE_UNSAFE
     )
     where = {libvirt.VIR_MIGRATE_PARAM_URI: "tcp://127.0.0.1"}
+    if xml is not None:
+        where[libvirt.VIR_MIGRATE_PARAM_DEST_XML] = xml
     machine.domain.migrate3(target.handle, where, flags)
     tracked.move(target)
     target.workspace.record(machine.pid)
@@ -536,6 +541,49 @@ def test_history_travels_with_a_live_migration(
     check_history(tracked, "c2")
     assert tracked.machine.bitmaps("vda").keys() == {"c2"}
     assert tracked.problems() == []
+
+
+@pytest.mark.scenario("live migration and back, a Linux guest writing meanwhile")
+def test_what_a_guest_writes_while_it_is_migrated_is_in_the_difference(
+    stacks: Stacks, cell: Cell
+) -> None:
+    """It writes 4 KiB after 4 KiB without a pause: each interval is one range, none between."""
+    cell.of(stack="debian12 to debian13 to debian12")
+    cell.chose(LIBVIRT)
+    step, granularity = 4096, 65536
+    with Guest(stacks("debian12"), (DiskSpec("vda"),)) as guest:
+        tracked = Tracked(stacks("debian12"), guest.machine)
+        tracked.create("c0")
+        guest.shell.churn("vda", step, 16000)
+        guest.shell.wait_churned(20)
+        before = guest.shell.churned[-1]
+        tracked.create("c1")
+        after = guest.shell.churned[-1] + 1
+        guest.shell.wait_churned(after + 20)
+        port = "port"
+        for name in ("debian13", "debian12"):
+            # the QEMU that ends removes the socket that it has bound
+            xml = guest.machine.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)
+            xml = xml.replace(f"/{port}'", f"/on-{name}'")
+            port = f"on-{name}"
+            migrate(tracked, stacks(name), xml)
+            reached = guest.shell.churned[-1]
+            guest.reconnect(port=port, churning=True)
+            guest.shell.wait_churned(reached + 20)
+            assert tracked.known() == {}
+            assert tracked.problems() == ["store-only"]
+            tracked.domain.repair()
+            assert tracked.known() == {"c0": None, "c1": "c0"}
+            assert tracked.problems() == []
+        guest.shell.stop_churn()
+        last = guest.shell.churned[-1]
+        (first,) = tracked.shown("c0", "c1")["vda"] or []
+        (second,) = tracked.shown("c1")["vda"] or []
+    cut, begun = sum(first) // granularity - 1, second[0] // granularity
+    assert first[0] == 0
+    assert before * step // granularity <= cut <= after * step // granularity
+    assert begun in (cut, cut + 1)
+    assert sum(second) // granularity - 1 == last * step // granularity
 
 
 @pytest.mark.scenario("live migration, a raw disk's bitmaps stay behind")

@@ -221,17 +221,23 @@ class Shell:
     churned -- numbers of the writes that ``churn`` has finished so far
     """
 
-    def __init__(self, boot: Boot, *, boot_seconds: float = 60) -> None:
-        """Wait until the guest takes commands."""
+    def __init__(
+        self, boot: Boot, *, port: str = "port", churning: bool = False, boot_seconds: float = 60
+    ) -> None:
+        """Wait until the guest takes commands.
+
+        port -- where in the folder of `boot` it does
+        churning -- it was told to ``churn`` by another command line
+        """
         self.boot = boot
         self.churned: list[int] = []
         self._answers: dict[int, str] = {}
         self._changed = threading.Condition()
-        self._churn_over = True
+        self._churn_over = not churning
         self._number = 0
         self._port = socket.socket(socket.AF_UNIX)
         try:
-            self._port.connect(f"{boot.folder}/port")
+            self._port.connect(f"{boot.folder}/{port}")
             threading.Thread(target=self._listen, daemon=True, name="guest").start()
             self._wait_for_boot(boot_seconds)
         except BaseException:
@@ -340,11 +346,14 @@ class Guest:
             self.machine.destroy()
             raise
 
-    def reconnect(self) -> None:
-        """Take up its command line again after its QEMU was replaced, as by a revert."""
+    def reconnect(self, *, port: str = "port", churning: bool = False) -> None:
+        """Take up its command line again after its QEMU was replaced, as by a revert.
+
+        port, churning -- see ``Shell``
+        """
         self.machine.stand.workspace.record(self.machine.pid)
         self.shell.close()
-        self.shell = Shell(self.shell.boot)
+        self.shell = Shell(self.shell.boot, port=port, churning=churning)
 
     def __enter__(self) -> Guest:
         return self

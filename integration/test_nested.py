@@ -5,14 +5,16 @@ Here too, on whatever there is; ``vagrant/run-nested`` runs it where ``CKPTMGR_T
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import ckptmgr
+from integration.command import CommandLine
 from integration.conftest import MakeMachine
 from integration.evidence import has_checkpoints
-from integration.stand import MIB, DiskSpec, Guest, Stand, rounded
+from integration.stand import MIB, Daemon, DiskSpec, Guest, Stand, rounded
 from integration.stand.accel import domain_type
 from integration.stand.guest import Shell
 
@@ -34,7 +36,7 @@ def test_machines_are_on_the_accelerator_that_was_decided(
 
 
 @pytest.mark.scenario("a Linux guest: create, diff, delete, revert with a branch")
-def test_the_history_of_a_linux_guest_through_a_revert(stand: Stand, tmp_path: Path) -> None:
+def test_the_history_of_a_linux_guest_through_a_revert(embedded: Embedded, tmp_path: Path) -> None:
     """Every difference is what the guest wrote, before and after its QEMU was replaced."""
     written: dict[str, Ranges] = {
         "monday": [(8 * MIB, 70_000), (40 * MIB, 4096)],
@@ -100,3 +102,29 @@ def test_the_history_of_a_linux_guest_through_a_revert(stand: Stand, tmp_path: P
             "wednesday": branch.name,
         }
         assert [each for each in domain.check() if not each.harmless] == []
+
+
+@pytest.mark.scenario("a Linux guest: backup, incremental backup, restore")
+def test_backups_of_a_linux_guest_come_back_byte_for_byte(daemon: Daemon, tmp_path: Path) -> None:
+    """By the command line; the guest runs all the time and goes on writing between the points."""
+    ours = CommandLine(daemon, tmp_path / "store")
+    repository = tmp_path / "repository"
+    with Guest(daemon, (DiskSpec("vda"),)) as guest:
+        name, held = guest.machine.name, {}
+        for number, point in enumerate(("monday", "tuesday"), start=1):
+            guest.shell.write("vda", number * 9 * MIB + 512, 3 * MIB, 0x40 + number)
+            assert ours.ok("backup", name, repository, point) == f"{point}\n"
+            held[point] = guest.machine.contents("vda")
+        guest.shell.write("vda", 50 * MIB, MIB, 0x77)
+        assert held["monday"] != held["tuesday"] != guest.machine.contents("vda")
+
+    points = {each["name"]: each for each in ours.json("points", repository)["points"]}
+    modes = {point: each["disks"][0]["mode"] for point, each in points.items()}
+    assert modes == {"monday": "full", "tuesday": "incremental"}
+    # what was written between the two, and qcow2's own
+    assert 3 * MIB <= points["tuesday"]["disks"][0]["bytes"] < 5 * MIB
+    for point, expected in held.items():
+        ours.ok("restore", repository, name, point, tmp_path / point, "--flatten")
+        image, raw = tmp_path / point / "vda.qcow2", tmp_path / "seen.raw"
+        subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, raw], check=True)
+        assert raw.read_bytes() == expected, point

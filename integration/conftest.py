@@ -128,6 +128,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _belongs(item: pytest.Item, stand: str) -> bool:
     needs = set(getattr(item, "fixturenames", ()))
+    if "other_host" in needs or "CKPTMGR_TEST_OTHER_HOST" in os.environ:
+        return "other_host" in needs and "CKPTMGR_TEST_OTHER_HOST" in os.environ
     if needs & {"throw_away_user", "session"}:
         return stand == "daemon" and ("session" in needs) == (os.geteuid() != 0)
     if stand == "embedded":

@@ -36,7 +36,7 @@ def test_machines_are_on_the_accelerator_that_was_decided(
 
 
 @pytest.mark.scenario("a Linux guest: create, diff, delete, revert with a branch")
-def test_the_history_of_a_linux_guest_through_a_revert(embedded: Embedded, tmp_path: Path) -> None:
+def test_the_history_of_a_linux_guest_through_a_revert(stand: Stand, tmp_path: Path) -> None:
     """Every difference is what the guest wrote, before and after its QEMU was replaced."""
     written: dict[str, Ranges] = {
         "monday": [(8 * MIB, 70_000), (40 * MIB, 4096)],

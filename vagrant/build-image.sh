@@ -209,13 +209,13 @@ forget_old() {
 make_box() {
     local folder
     folder=$(mktemp -d -p "$cache" box-XXXXXXXX)
+    trap "rm -rf '$folder'" EXIT
     cp "$image/host.qcow2" "$folder/box.img"
     printf '{"provider": "libvirt", "format": "qcow2", "virtual_size": %d}\n' \
         $(((SIZE >> 20) + 1)) >"$folder/metadata.json"
     printf '%s\n' 'Vagrant.configure("2") { |config| config.vm.provider(:libvirt) }' \
         >"$folder/Vagrantfile"
     tar -C "$folder" -cf "$1.new" metadata.json Vagrantfile box.img
-    rm -r "$folder"
     mv "$1.new" "$1"
 }
 
@@ -224,6 +224,7 @@ if [[ -n $hook ]]; then
     exit
 fi
 if [[ -n $fresh || ! -e $image/host.qcow2 ]]; then
+    [[ -x .venv/bin/python ]] || scripts/setup test >&2
     again=(vagrant/build-image.sh ${fresh:+--fresh} ${box:+--box "$box"})
     if [[ $EUID != 0 ]]; then
         exec sudo --preserve-env=HOME,XDG_CACHE_HOME "${again[@]}"
@@ -242,7 +243,6 @@ if [[ -n $fresh || ! -e $image/host.qcow2 ]]; then
     if [[ -n $fresh || ! -e $image/host.qcow2 ]]; then
         begun=$SECONDS
         tools
-        [[ -x .venv/bin/python ]] || scripts/setup test >&2
         # not as a condition, in which bash goes on after errors
         set +e
         (set -e; build) >"$cache/build.log" 2>&1

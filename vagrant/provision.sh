@@ -68,7 +68,9 @@ if not runs("kvm", seconds=60):
     sys.exit("provision: /dev/kvm is there, but a guest does not run on it")
 END
 
-if getent passwd vagrant >/dev/null; then usermod --append --groups libvirt,kvm vagrant; fi
-systemctl -q enable --now libvirtd.socket libvirtd
+if getent passwd vagrant >/dev/null && ! id -nG vagrant | grep -qw libvirt; then
+    usermod --append --groups libvirt,kvm vagrant
+fi
+if ! systemctl -q is-active libvirtd.socket; then systemctl -q enable --now libvirtd.socket; fi
 # shellcheck disable=SC2086 -- a list of names
 sample-vms start ${CKPTMGR_SAMPLES:-}

@@ -29,7 +29,7 @@ TREE = "/opt/ckptmgr"
 
 LEFT_OUT = (".git", ".venv", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
 
-BOOT_SECONDS = 300
+BOOT_SECONDS = 900
 
 # Whatever happens to us, even SIGKILL.
 _WITH_US = ("setpriv", "--pdeathsig", "KILL")
@@ -143,6 +143,11 @@ class Host:
             )
         workspace.record(self._process.pid)
 
+    @property
+    def pid(self) -> int:
+        """Process id of its QEMU."""
+        return self._process.pid
+
     def __enter__(self) -> Host:
         return self
 
@@ -253,17 +258,6 @@ class Host:
         )
         unpack = ["tar", "-C", str(folder), "-xz", "--no-same-owner"]
         subprocess.run(unpack, input=pack.stdout, check=True)
-
-    def put(self, file: Path, inside: str) -> None:
-        """Copy a file into the host."""
-        with file.open("rb") as data:
-            write = f"umask 077 && cat >{shlex.quote(inside)}"
-            subprocess.run([*self._connection(), write], stdin=data, timeout=600, check=True)
-
-    def power_cut(self) -> None:
-        """End it as a power cut would."""
-        self._process.kill()
-        self._process.wait()
 
     def close(self) -> None:
         """End it; its disk is thrown away with the workspace."""

@@ -479,13 +479,16 @@ class Domain:
         description: str | None = None,
         disk_only: bool = False,
         checkpoint: bool = False,
+        memory: str | None = None,
     ) -> SnapshotView:
         """Take a libvirt snapshot, which carries the marker of the current checkpoint.
 
         disk_only -- without the memory of a running domain, in external files
         checkpoint -- with a checkpoint of the same instant: the guest is paused for both
+        memory -- file for the memory of an active domain, on the hypervisor; the disks go on in new
+            image files
         """
-        request = operation.snapshotting.Request(name, description, disk_only, checkpoint)
+        request = operation.snapshotting.Request(name, description, disk_only, checkpoint, memory)
         return operation.snapshotting.create(self._now, request)
 
     @_names_domain
@@ -496,9 +499,10 @@ class Domain:
         description: str | None = None,
         disk_only: bool = False,
         checkpoint: bool = False,
+        memory: str | None = None,
     ) -> Plan:
         """What create_snapshot() would do."""
-        request = operation.snapshotting.Request(name, description, disk_only, checkpoint)
+        request = operation.snapshotting.Request(name, description, disk_only, checkpoint, memory)
         return operation.snapshotting.plan_create(self._now, request)
 
     @_names_domain

@@ -158,10 +158,22 @@ def check_snapshot_name(name: str) -> str:
     )
 
 
-def format_snapshot(name: str | None, description: str | None) -> str:
-    """The document for virDomainSnapshotCreateXML; libvirt chooses the rest by its flags."""
+def format_snapshot(name: str | None, description: str | None, memory: str | None = None) -> str:
+    """The document for virDomainSnapshotCreateXML; libvirt chooses the rest by its flags.
+
+    memory -- absolute path of a file for the memory; the disks are kept in external files then.
+
+    Raises InvalidRequest.
+    """
+    if memory is not None and not (memory.startswith("/") and memory.isprintable()):
+        raise InvalidRequest(
+            f"{memory!r} cannot be the file for a domain's memory",
+            hint="give its absolute path on the hypervisor",
+        )
     root = etree.Element("domainsnapshot")
     for tag, text in (("name", name), ("description", description)):
         if text is not None:
             etree.SubElement(root, tag).text = text
+    if memory is not None:
+        etree.SubElement(root, "memory", snapshot="external", file=memory)
     return to_text(root)

@@ -18,6 +18,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import libvirt
 from lxml import etree
@@ -208,9 +209,11 @@ class Branches:
         self.points[name] = Point(self.at, self._held(), _copy(self._since), self._lost)
         self._enter(name)
 
-    def snapshot(self, name: str, *, checkpoint: bool = False) -> ckptmgr.SnapshotView:
+    def snapshot(
+        self, name: str, *, checkpoint: bool = False, **options: Any
+    ) -> ckptmgr.SnapshotView:
         """Take a snapshot."""
-        taken = self.domain.create_snapshot(name, checkpoint=checkpoint)
+        taken = self.domain.create_snapshot(name, checkpoint=checkpoint, **options)
         if checkpoint:
             found = self.domain.checkpoints().current
             assert found is not None

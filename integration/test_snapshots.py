@@ -25,6 +25,7 @@ from ckptmgr.errors import (
     Busy,
     CheckpointExists,
     CkptmgrError,
+    InvalidRequest,
     NoSnapshot,
     OperationFailed,
     Unsupported,
@@ -411,23 +412,59 @@ def test_snapshots_are_listed_and_deleted(scene: Branches) -> None:
     sound(scene)
 
 
-def test_an_external_snapshot_of_ours(scene: Branches) -> None:
-    scene.domain.create_snapshot("ext", disk_only=True)
-    scene.taken("ext")
+def _external(scene: Branches, name: str, *, memory: bool, checkpoint: bool = False) -> None:
+    """Take an external snapshot."""
+    file = str(scene.machine.folder / f"{name}.memory") if memory else None
+    scene.snapshot(name, checkpoint=checkpoint, disk_only=not memory, memory=file)
     scene.find()
-    scene.scatter(6)
-    scene.create("c3")
-    scene.scatter(7)
+    assert file is None or Path(file).stat().st_size > 0
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["disks", "with memory"])
+def test_external_snapshots(make: MakeBranches, memory: bool) -> None:
+    scene = make(state="running")
+    scene.create("c1")
+    scene.scatter(1)
+    _external(scene, "e1", memory=memory)
+    assert scene.state() == "running"
+    scene.scatter(2)
+    scene.create("c2")
+    scene.scatter(3)
+    _external(scene, "e2", memory=memory, checkpoint=True)
+    assert scene.state() == "running"
+    scene.scatter(4)
     sound(scene)
-    try:
-        made = scene.domain.revert_snapshot("ext")
-    except Unsupported:  # libvirt up to 9.0; and nothing has happened
+    if not externals_revert(scene):
+        with unchanged(scene.machine, scene.store), pytest.raises(Unsupported, match="external"):
+            scene.domain.revert_snapshot("e1")
+        goes_on(scene, "later", 5)
+        return
+    for number, name in enumerate(("e2", "e1", "e1"), 5):
+        made = scene.revert(name, run=True)
+        assert scene.state() == "running"
+        assert scene.between(str(made.parent), made.name)[1] is False
+        scene.scatter(number)
         sound(scene)
-        scene.revert("s2")
-    else:
-        scene.reverted("ext", made.name)
-    scene.scatter(8)
-    sound(scene)
+    goes_on(scene, "later", 8)
+
+
+def externals_revert(scene: Branches) -> bool:
+    """Whether this libvirt reverts to external snapshots: 9.9 and later do."""
+    return bool(scene.machine.stand.handle.getLibVersion() >= 9_009_000)
+
+
+def test_a_file_for_the_memory_is_not_written_over(make: MakeBranches, tmp_path: Path) -> None:
+    scene = make()
+    there = tmp_path / "there"
+    there.write_text("something")
+    with unchanged(scene.machine, scene.store):
+        for options in ({}, {"disk_only": True}):
+            with pytest.raises(InvalidRequest):
+                scene.domain.create_snapshot("s1", memory=str(there), **options)
+    assert there.read_text() == "something"
+    scene.machine.stop()
+    with pytest.raises(InvalidRequest, match="does not run"):
+        scene.domain.create_snapshot("s1", memory=str(tmp_path / "new"))
 
 
 # --- a revert that fails ---------------------------------------------------------------------

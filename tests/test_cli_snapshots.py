@@ -33,6 +33,10 @@ def run(capsys: Output, *words: str, status: int = 0) -> str:
             ["create", "web", "s1", "--disk-only", "--checkpoint", "--description", "d"],
             ("create_snapshot", ("s1",), {"disk_only": True, "checkpoint": True}),
         ),
+        (
+            ["create", "web", "s1", "--memory", "/img/s1.memory"],
+            ("create_snapshot", ("s1",), {"disk_only": False, "memory": "/img/s1.memory"}),
+        ),
         (["revert", "web", "s1"], ("revert_snapshot", ("s1",), {"run": None})),
         (["revert", "web", "s1", "--running"], ("revert_snapshot", ("s1",), {"run": True})),
         (["revert", "web", "s1", "--paused"], ("revert_snapshot", ("s1",), {"run": False})),

@@ -159,3 +159,12 @@ def test_names_that_are_taken_are_ones_that_a_file_can_have(name: str) -> None:
 def test_names_that_libvirt_would_not_take_are_refused(name: str) -> None:
     with pytest.raises(InvalidRequest):
         check_snapshot_name(name)
+
+
+def test_the_memory_goes_to_a_file_that_is_named_in_full() -> None:
+    memory = parse(format_snapshot("s1", None, "/img/a b.memory")).find("memory")
+    assert memory is not None
+    assert dict(memory.attrib) == {"snapshot": "external", "file": "/img/a b.memory"}
+    for wrong in ("", "a.memory", "/img/a\nb"):
+        with pytest.raises(InvalidRequest):
+            format_snapshot("s1", None, wrong)

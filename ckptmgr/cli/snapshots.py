@@ -27,15 +27,22 @@ def snapshot() -> None:
 @click.option(
     "--disk-only", is_flag=True, help="Without the memory of a running domain, in new files."
 )
+@click.option(
+    "--memory",
+    metavar="FILE",
+    type=text,
+    help="Keep the memory of a running domain in FILE, and the disks in new files.",
+)
 @click.option("--checkpoint", is_flag=True, help="With a checkpoint of the same instant.")
 @dry_run_option
-@click.pass_obj
+@click.pass_context
 def create(
-    session: Session,
+    context: click.Context,
     domain: str,
     name: str | None,
     description: str | None,
     disk_only: bool,
+    memory: str | None,
     checkpoint: bool,
     dry_run: bool,
 ) -> Answer:
@@ -43,15 +50,25 @@ def create(
 
     Prints its name, by default the time in seconds.
     """
+    exclusive(context, {"--disk-only": disk_only, "--memory": memory is not None})
+    session = context.ensure_object(Session)
     with session.domain(domain) as target:
         if dry_run:
             return planned(
                 target.plan_create_snapshot(
-                    name, description=description, disk_only=disk_only, checkpoint=checkpoint
+                    name,
+                    description=description,
+                    disk_only=disk_only,
+                    checkpoint=checkpoint,
+                    memory=memory,
                 )
             )
         taken = target.create_snapshot(
-            name, description=description, disk_only=disk_only, checkpoint=checkpoint
+            name,
+            description=description,
+            disk_only=disk_only,
+            checkpoint=checkpoint,
+            memory=memory,
         )
     return Answer(
         lambda: {"domain": taken.domain.json(), **taken.json()}, lambda _: names([taken.name])

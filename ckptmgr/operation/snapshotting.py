@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 
 from ..branch import resolve
@@ -24,18 +25,21 @@ class Request:
     """What the user asked for.
 
     disk_only -- without the memory of a running domain, in external files
-    checkpoint -- with a checkpoint of the same instant, of the same name if libvirt takes it
+    checkpoint -- with a checkpoint of the same instant
+    memory -- file that the memory goes to; the disks are kept in external files then
     """
 
     name: str | None
     description: str | None
     disk_only: bool
     checkpoint: bool
+    memory: str | None = None
 
 
 def create(session: Session, request: Request) -> SnapshotView:
     """Take a snapshot.  See Domain.create_snapshot."""
-    document = format_snapshot(request.name, request.description)
+    document = format_snapshot(request.name, request.description, request.memory)
+    _check_memory(session, request)
     with session.locked() as loaded:
         _check_free(session, request.name)
         # Paused, so that both are of one instant; the snapshot of a running domain resumes.
@@ -57,6 +61,7 @@ def create(session: Session, request: Request) -> SnapshotView:
 def plan_create(session: Session, request: Request) -> Plan:
     """What create() would do; nothing is touched, not even the lock."""
     session.require_writable()
+    _check_memory(session, request)
     _check_free(session, request.name)
     pauses = request.checkpoint and session.active and is_running(session.adapter)
     steps: list[Step] = [Direct("libvirt: pause the domain")] if pauses else []
@@ -66,6 +71,8 @@ def plan_create(session: Session, request: Request) -> Plan:
         steps += plan.steps
         notes = plan.notes
     what = "of the disks" if request.disk_only else "with the memory"
+    if request.memory is not None:
+        what += f" in {request.memory}, and the disks in new image files"
     if not session.active and not request.disk_only:
         what = "of the domain, which does not run"
     steps.append(Direct(f"libvirt: take a snapshot {what}"))
@@ -82,6 +89,25 @@ def _check_free(session: Session, name: str | None) -> None:
         raise InvalidRequest(
             f"domain {session.adapter.name!r} has a snapshot {name!r} already",
             hint="choose another name",
+        )
+
+
+def _check_memory(session: Session, request: Request) -> None:
+    """A file for the memory makes sense, and nothing is overwritten: libvirt would."""
+    if request.memory is None:
+        return
+    name = session.adapter.name
+    if request.disk_only:
+        raise InvalidRequest("a snapshot of the disks alone has no memory to keep in a file")
+    if not session.active:
+        raise InvalidRequest(
+            f"domain {name!r} does not run, so it has no memory to keep", hint="leave --memory out"
+        )
+    if session.adapter.connection.local and os.path.lexists(request.memory):
+        raise InvalidRequest(
+            f"{request.memory} is there already, and libvirt would write the memory of domain "
+            f"{name!r} over it",
+            hint="choose another file",
         )
 
 

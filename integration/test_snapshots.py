@@ -943,9 +943,6 @@ def test_a_revert_that_was_killed_at_each_step(
         scene.scatter(2 + point)
         left = str(scene.at)
         outcome = warm.run(_task(scene, "revert_snapshot", point, name="s1"))
-        if not outcome.struck:
-            assert outcome.status == 0, outcome.error
-            break
         assert outcome.status == -signal.SIGKILL, outcome.error
         tried.append(outcome.struck)
         scene.domain.diff("c1")
@@ -962,7 +959,8 @@ def test_a_revert_that_was_killed_at_each_step(
         if made and left not in ("c1", "c2"):
             scene.domain.delete(left)
             scene.deleted(left)
-    assert tried[-1] == END
+        if outcome.struck == END:
+            break
     print(f"killed at {len(tried)} points: {tried}")
 
 
@@ -978,9 +976,6 @@ def test_a_snapshot_with_a_checkpoint_that_was_killed_at_each_step(
         name = f"s{point}"
         task = _task(scene, "create_snapshot", point, name=name, checkpoint=True)
         outcome = warm.run(task)
-        if not outcome.struck:
-            assert outcome.status == 0, outcome.error
-            break
         assert outcome.status == -signal.SIGKILL, outcome.error
         where = f"killed {outcome.struck}, point {point}"
         scene.domain.diff("c1")
@@ -994,3 +989,5 @@ def test_a_snapshot_with_a_checkpoint_that_was_killed_at_each_step(
         assert scene.state() == "running", where
         scene.check("c1", None)
         assert not [each for each in scene.domain.check() if not each.harmless], where
+        if outcome.struck == END:
+            break

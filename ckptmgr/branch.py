@@ -11,7 +11,7 @@ checkpoints is contained in the union of the dirty maps between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -122,6 +122,24 @@ def inherit(history: History, tails: Tails, name: str) -> Inheritance:
         known = tuple(part for part in parts if part is not None)
         left[disk.name] = (since, known if len(known) == len(parts) else None)
     return Inheritance(history.parent(name), left)
+
+
+def written_since(
+    history: History, parent: str | None, created: int, tops: Iterable[str]
+) -> frozenset[str]:
+    """Images that were a disk's top one after a snapshot was taken, and so may have been written.
+
+    parent, created -- the snapshot's checkpoint and time
+    tops -- the top images now
+    """
+    before = () if parent is None else (parent, *history.ancestors(parent))
+    return frozenset(tops).union(
+        disk.source
+        for name, checkpoint in history.checkpoints.items()
+        if name not in before and checkpoint.created >= created
+        for disk in checkpoint.disks
+        if disk.source is not None
+    )
 
 
 # --- where the domain is ----------------------------------------------------------------------

@@ -13,6 +13,7 @@ than what is promised:
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import time
@@ -62,12 +63,14 @@ class Kept:
     at -- the checkpoint that was current then
     held -- what the disks held
     images -- their top images
+    below -- of each, the images that it stands on
     stale -- an image below has been written since, so that nobody knows what it holds now
     """
 
     at: str | None
     held: Bytes
     images: dict[str, Path]
+    below: dict[str, list[Path]]
     state: str
     stale: bool = False
 
@@ -184,8 +187,14 @@ class Branches:
             printed = done.stdout + done.stderr
         if not re.search(rf"(wrote|discard) {length}/{length} bytes", printed) and printed.strip():
             raise RuntimeError(f"{command} on {target}: {printed.strip()}")
+        self.wrote_to(self.machine.images[target])
         last = (offset + length - 1) // GRANULARITY
         self._since.setdefault(target, set()).update(range(offset // GRANULARITY, last + 1))
+
+    def wrote_to(self, image: Path) -> None:
+        """An image was written, by whomever: snapshots that stand on it are worth nothing now."""
+        for kept in self.snapshots.values():
+            kept.stale |= any(image in below for below in kept.below.values())
 
     def scatter(self, number: int) -> None:
         """A write to each disk, in a place that depends on `number`."""
@@ -225,12 +234,16 @@ class Branches:
     def taken(self, name: str) -> None:
         """A snapshot called `name` was taken now, by whomever."""
         state = self.state()
-        self.snapshots[name] = Kept(self.at, self._held(), dict(self.machine.images), state)
+        images = dict(self.machine.images)
+        below = {target: _chain(image)[1:] for target, image in images.items()}
+        self.snapshots[name] = Kept(self.at, self._held(), images, below, state)
 
     def revert(self, name: str, *, run: bool | None = None) -> ckptmgr.CheckpointView:
         """Revert with ckptmgr."""
+        unsure = self._unsure(self.snapshots[name])
         made = self.domain.revert_snapshot(name, run=run)
         self.reverted(name, made.name)
+        self.points[made.name].lost |= unsure
         assert made.parent == self.points[made.name].parent, "the branch is in the wrong place"
         assert made.current
         return made
@@ -251,6 +264,14 @@ class Branches:
         )
         self.recording.clear()
         self._enter(made)
+
+    def _unsure(self, kept: Kept) -> bool:
+        """Whether the images of then have left, and what they stand on has not."""
+        now = {each for image in self.machine.images.values() for each in _chain(image)}
+        return any(
+            image not in now and not now.isdisjoint(kept.below[target])
+            for target, image in kept.images.items()
+        )
 
     def moved(self) -> None:
         """The disks went to another state behind ckptmgr's back; the marker says which."""
@@ -401,6 +422,13 @@ class Branches:
         shown = {view.name: view.parent for view in listed.checkpoints}
         assert shown == {name: point.parent for name, point in self.points.items()}
         assert listed.current == self.at
+
+
+def _chain(image: Path) -> list[Path]:
+    """An image and those below, top first."""
+    command = ["qemu-img", "info", "-U", "--output=json", "--backing-chain", str(image)]
+    done = subprocess.run(command, capture_output=True, check=True)
+    return [Path(each["filename"]) for each in json.loads(done.stdout)]
 
 
 def differing(before: bytes, after: bytes) -> set[int]:

@@ -27,6 +27,7 @@ from ckptmgr.branch import (
     reverted_interval,
     ways_out,
     whereabouts,
+    written_since,
 )
 from ckptmgr.checkpoint import (
     Checkpoint,
@@ -495,6 +496,24 @@ def test_what_is_off_the_line_is_what_does_not_lead_to_the_current_one() -> None
     assert off_line(replace(history, current=None)) == {"a": ("vda",), "b": ("vda",), "c": ("vda",)}
     gone = history.replace(archived(history.get("b"), ("vda",)))
     assert off_line(gone) == {}
+
+
+def test_what_was_written_after_a_snapshot_is_what_was_on_top_then() -> None:
+    def point(name: str, created: int, parent: str | None, image: str) -> Checkpoint:
+        disks = (CheckpointDisk("vda", name, source=image, state=State.RECORDING),)
+        return Checkpoint(name, created, parent, EngineName.LIBVIRT, disks)
+
+    history = History()
+    for checkpoint in (
+        point("a", 5, None, "/base"),  # the clock may have been wrong
+        point("b", 5, "a", "/over"),
+        point("c", 5, "a", "/base"),
+        point("d", 4, "a", "/old"),
+    ):
+        history = history.add(checkpoint)
+    assert written_since(history, "b", 5, ["/now"]) == {"/now", "/base"}
+    assert written_since(history, "c", 5, []) == {"/over"}
+    assert written_since(history, None, 6, ["/now"]) == {"/now"}
 
 
 def test_a_line_that_was_left_unobserved_makes_only_its_own_tails_unknown() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ..branch import resolve, written_since
 from ..checkpoint import EngineName
 from ..domain.disk import DiskLayers
-from ..domain.images import internal_snapshots
+from ..domain.images import internal_snapshots, read_chain
 from ..domain.job import backup_job, block_jobs
 from ..domain.known import known_names
 from ..domain.snapshots import reverts_external
@@ -27,6 +28,7 @@ def refuse(session: Session, loaded: Loaded, snapshot: Snapshot) -> None:
     """
     _stack(session, snapshot)
     _disks(session, snapshot)
+    _below(session, loaded, snapshot)
     for image in returning.returning(session, snapshot):
         returning.refuse(session, loaded.history, image)
     if session.active:
@@ -107,6 +109,28 @@ def _disks(session: Session, snapshot: Snapshot) -> None:
                 disk.target,
                 snapshot.name,
             )
+
+
+def _below(session: Session, loaded: Loaded, snapshot: Snapshot) -> None:
+    """What the snapshot stands on has not been written since: the layers below its images, and of
+    an external one those images themselves.
+    """
+    parent, _ = resolve(loaded.history, loaded.record.moved, snapshot.checkpoint)
+    tops = [disk.top.source for disk in session.disks if not disk.empty]
+    written = written_since(loaded.history, parent, snapshot.created, tops)
+    kinds = dict(snapshot.disks)
+    for image in snapshot.images:
+        if image.format != "qcow2":
+            continue
+        chain = read_chain(image.path, "qcow2")
+        for layer in chain if kinds.get(image.target) is Kind.EXTERNAL else chain[1:]:
+            if layer.image in written:
+                raise Unsupported(
+                    f"the image {layer.image}, which snapshot {snapshot.name!r} of domain "
+                    f"{session.adapter.name!r} stands on, has been the disk that is written since: "
+                    f"what the snapshot held of {image.target} is not there any more",
+                    hint="delete the snapshot",
+                )
 
 
 def _jobs(session: Session) -> None:

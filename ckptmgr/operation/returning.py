@@ -7,6 +7,7 @@ QEMU of this domain has them open.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 from ..checkpoint import EngineName, State
 from ..dirtymap import DirtyMap
@@ -39,6 +40,16 @@ def returning(session: Session, snapshot: Snapshot) -> tuple[DiskLayers, ...]:
 def _in_use(session: Session) -> set[str | None]:
     """The images of the disks that there are now."""
     return {image.path for disk in session.disks for image in disk.chain}
+
+
+def unsure(session: Session, images: Iterable[DiskLayers]) -> frozenset[str]:
+    """Disks of which it cannot be told what comes back: a layer below the image has stayed in use,
+    and whether it was written since nobody knows.
+    """
+    now = _in_use(session)
+    return frozenset(
+        image.target for image in images if any(layer.image in now for layer in image.layers[1:])
+    )
 
 
 def refuse(session: Session, history: History, layers: DiskLayers) -> None:

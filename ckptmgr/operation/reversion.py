@@ -42,7 +42,7 @@ from . import archive, creation
 from .difference import read_bitmaps
 from .pausing import go_on, stand_still
 from .refusal import refuse
-from .returning import read, removal, returning
+from .returning import read, removal, returning, unsure
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
@@ -135,6 +135,7 @@ def _intent(
     """Read and keep what would be lost; say in the intent how to go on without it."""
     history = loaded.history
     images = returning(session, snapshot)
+    doubtful = unsure(session, images)
     tails = keep_tails(session, history, images)
     staying = frozenset(target for target, kind in snapshot.disks if kind is Kind.NO)
     intervals: dict[str, dict[str, str | None]] = {}
@@ -144,6 +145,8 @@ def _intent(
             interval = _of_present_line(history, tails, target)
         else:
             interval = _of_snapshot(session, loaded, tails, target, parent)
+        if interval is not None and target in doubtful:
+            interval = Interval(interval.since, None, "its base may have been written meanwhile")
         if interval is not None:
             intervals[target] = {
                 "since": interval.since,

@@ -52,7 +52,6 @@ MakeMachine = Callable[..., Machine]
 # with --unproven, and belong to the issues that are still open.
 UNPROVEN = (
     "test_check_repair.py",
-    "test_histories.py",
     "test_long_history.py",
     "test_snapshots.py",
     "test_store_faults.py",
@@ -93,6 +92,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare this process while it has no threads yet."""
+    config.addinivalue_line(
+        "markers", "once: not on the daemon, where it would run embedded as well"
+    )
     config.addinivalue_line("markers", "scenario(name): the test's row in the table of the stacks")
     config.addinivalue_line("markers", "nested: also run in a host with nested KVM, on KVM")
     config.addinivalue_line("markers", "not_on_stacks(reason): on the embedded libvirt alone")
@@ -135,7 +137,8 @@ def _belongs(item: pytest.Item, stand: str) -> bool:
     if stand == "embedded":
         return not needs & {"daemon", "stacks"}
     if stand == "daemon":
-        return bool(needs & {"daemon", "stand"})
+        once = item.get_closest_marker("once") is not None
+        return "daemon" in needs or ("stand" in needs and not once)
     if "embedded" in needs or item.get_closest_marker("not_on_stacks"):
         return False
     if stand == "stacks":

@@ -223,7 +223,7 @@ def back_up(demo: Demo) -> None:
     demo.show("points", repository, "--tree")
 
     tell("7. Is the repository whole? And does the VM's present state come out of it?")
-    # demo.show("verify", repository)
+    demo.show("verify", repository)
     restored = demo.folder("o")
     demo.show("restore", repository, "demo", "sunday", str(restored), "--flatten")
     for disk in DISKS:

@@ -72,13 +72,14 @@ class Backups:
         *,
         held: dict[str, bytes] | None = None,
         repository: Path | None = None,
+        progress: operation.Progress = lambda disk, done, total: None,
         **options: Any,
     ) -> Manifest:
         before = held or self.contents()
         request = operation.Request(repository or self.repository, name, **options)
         self.repositories[name] = request.repository
         with self.domain() as domain:
-            _, made = operation.backup(domain._now, request, lambda disk, done, total: None)
+            _, made = operation.backup(domain._now, request, progress)
         self.held[name] = before
         return made
 

@@ -173,7 +173,7 @@ def test_a_draft_is_no_point_before_it_is_committed(lineage: Lineage) -> None:
         with pytest.raises(ValueError, match="draft of saturday"):
             draft.commit(replace(made, name="sunday"))
         draft.path("vda.qcow2").rename(draft.path("moved"))
-        with pytest.raises(ValueError, match=r"no file vda\.qcow2"):
+        with pytest.raises(RepositoryFailed, match=r"vda\.qcow2 cannot be written: No such file"):
             draft.commit(made)
         draft.path("moved").rename(draft.path("vda.qcow2"))
         draft.commit(made)

@@ -97,6 +97,11 @@ class DigestWriter:
         with of_the_repository():
             self._output.close()
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file as hexadecimal digits, once it is closed."""
+        return self._sum.hexdigest()
+
     def abandon(self) -> None:
         """Remove the file."""
         self._output.abandon()

@@ -160,6 +160,11 @@ class Layer:
         self._digests.close()
         return size
 
+    @property
+    def digests_sha256(self) -> str:
+        """SHA-256 of the file of digests as hexadecimal digits, once it is closed."""
+        return self._digests.sha256
+
     def abandon(self) -> None:
         """Remove both files, as far as they are not whole."""
         self._image.abandon()

@@ -285,6 +285,7 @@ class Draft:
     def __init__(self, lineage: Lineage, name: str) -> None:
         self.name = name
         self._lineage = lineage
+        self._moving = False
         self.folder = lineage.path / f".{name}.{os.urandom(8).hex()}.partial"
         with of_the_repository():
             files.make_folder(self.folder)
@@ -305,8 +306,8 @@ class Draft:
     def commit(self, manifest: Manifest) -> None:
         """Make the files durable, then the manifest, then the point.
 
-        Raises RepositoryFailed, and ValueError for a manifest that is not of this point or names
-        what is not there.
+        Raises RepositoryFailed, also where a file is not there any more, and ValueError for a
+        manifest that is not of this point.
         """
         self._lineage.require_lock()
         if manifest.name != self.name:
@@ -314,10 +315,9 @@ class Draft:
         data = format_manifest(manifest)
         with of_the_repository():
             for name in sorted(manifest.file_names):
-                if not self.path(name).is_file():
-                    raise ValueError(f"the point has no file {name}")
                 files.sync_file(self.path(name))
             files.write(self.path(MANIFEST), data)
+            self._moving = True
             files.move(self.folder, self._lineage.path / self.name)
 
     def abandon(self) -> None:
@@ -325,6 +325,17 @@ class Draft:
         with suppress(RepositoryFailed), of_the_repository():
             if _is_folder(self.folder):
                 files.remove_tree(self.folder)
+
+    def withdraw(self) -> None:
+        """Take back what `commit` has done, whether it has returned or failed.
+
+        The draft is as it was before, if it is not gone; failures do not matter: then the point
+        stays, and it is a whole one.
+        """
+        self._lineage.require_lock()
+        if self._moving and not _is_folder(self.folder):
+            with suppress(RepositoryFailed), of_the_repository():
+                files.move(self._lineage.path / self.name, self.folder)
 
 
 def _disk(point: Manifest, name: str) -> PointDisk:

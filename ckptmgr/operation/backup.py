@@ -7,9 +7,9 @@ The order, so that nothing is lost wherever it ends:
 3. what served them is ended; the point comes to be, by the rename of its folder;
 4. the checkpoint comes to be.
 
-Ended before 3, the checkpoint is taken back, and the next backup covers both periods.  Between 3
-and 4 the point is one that no checkpoint of the history names: it can be restored, and the next
-one stands on the point before it.
+Ended before 3, the checkpoint is taken back, and the next backup covers both periods.  Killed
+between 3 and 4, the point is one that no checkpoint of the history names: it can be restored, and
+the next one stands on the point before it.  After a failure there it is taken back, too.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..checkpoint import Checkpoint, EngineName, check_name
 from ..domain.disk import Disk
 from ..domain.known import known_names
 from ..errors import (
+    CkptmgrError,
     GuestAgentFailed,
     InvalidRequest,
     PointExists,
@@ -195,7 +196,11 @@ def _without_checkpoint(session: Session, point: RestorePoint, *, quiesce: bool)
             engine.run(plan.finish)
             point.commit()
         except BaseException:
-            engine.run(plan.undo)
+            point.withdraw()
+            try:
+                engine.run(plan.undo)
+            except CkptmgrError as failure:
+                log.warning("what served the disks could not be ended: %s", failure)
             raise
 
 
@@ -227,4 +232,7 @@ class _Wanted:
         raise RuntimeError("this is only planned")
 
     def commit(self) -> None:
+        raise RuntimeError("this is only planned")
+
+    def withdraw(self) -> None:
         raise RuntimeError("this is only planned")

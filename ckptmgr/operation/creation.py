@@ -71,6 +71,10 @@ class Copying(Protocol):
         """Make the restore point exist."""
         ...
 
+    def withdraw(self) -> None:
+        """Have it not exist: the checkpoint failed after all.  Raises nothing."""
+        ...
+
 
 @dataclass(frozen=True)
 class Creation:
@@ -304,12 +308,15 @@ def _attempt(
         session.store.save_checkpoint(recorded)
         session.commit_current(loaded.history.add(recorded), loaded.record)
     except BaseException as error:
-        # Also on ^C: the checkpoint is made whole or not at all.
+        # Also on ^C: the checkpoint is made whole or not at all, and its restore point with it.
+        if copying is not None:
+            copying.withdraw()
         foreign = isinstance(error, CheckpointExists)
         try:
             session.withdraw((checkpoint.name,), loaded)
             engine.run(plan.release if foreign else plan.undo)
             session.store.clear_intent()
+            session.sweep()  # the maps that were read
         except CkptmgrError as failure:
             log.warning(
                 "checkpoint %s could not be taken back; the next command settles it: %s",

@@ -153,6 +153,10 @@ class RestorePoint:
         """Make the point exist."""
         self._draft.commit(self.manifest)
 
+    def withdraw(self) -> None:
+        """Have the point not exist, if it has come to be."""
+        self._draft.withdraw()
+
     # --- disks -------------------------------------------------------------------------------
 
     def _copied(
@@ -180,8 +184,6 @@ class RestorePoint:
                 layer.abandon()
                 raise
         disk = find_disk(self._session.disks, target)
-        with Digests(self._draft.path(f"{target}.digests")) as digests:
-            sha256 = digests.sha256
         return PointDisk(
             name=target,
             mode=FULL if below.base is None else INCREMENTAL,
@@ -191,7 +193,7 @@ class RestorePoint:
             bytes=size,
             virtual_size=-(-source.size // 512) * 512,
             digests=f"{target}.digests",
-            digests_sha256=sha256,
+            digests_sha256=layer.digests_sha256,
             format=disk.top.format or "raw",
             compression="zstd" if self.request.compress else None,
             reason=reason,

@@ -1,10 +1,10 @@
 """The steps of an operation, counted, and somebody killed at one of them.
 
-A boundary is the instant before a system call of the store, before an engine's step, before the
-marker is set, before a domain is paused, resumed or reverted, and the end of the operation: what
-is true after one of these calls is what is true before the next, for nothing else changes
-anything.  libvirt's daemon and QEMU go on with what they were asked when the asking process dies,
-so there is one more boundary in the middle of each of these but the store's.
+A boundary is the instant before a system call of the store or a repository, before an engine's
+step, before the marker is set, before a domain is paused, resumed or reverted, and the end of the
+operation: what is true after one of these calls is what is true before the next, for nothing else
+changes anything.  libvirt's daemon and QEMU go on with what they were asked when the asking process
+dies, so there is one more boundary in the middle of each of these but the file system's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ckptmgr.backup import qcow2
 from ckptmgr.checkpoint import EngineName
 from ckptmgr.domain import snapshots
 from ckptmgr.domain.adapter import DomainAdapter
@@ -30,7 +31,16 @@ from ckptmgr.store import files
 
 END = "the end"
 
-STORE_CALLS = ("_create", "_write", "_fsync", "_rename", "_unlink", "_mkdir", "_fsync_folder")
+STORE_CALLS = (
+    "_create",
+    "_write",
+    "_fsync",
+    "_rename",
+    "_unlink",
+    "_rmdir",
+    "_mkdir",
+    "_fsync_folder",
+)
 
 SNAPSHOT_CALLS: tuple[tuple[ModuleType, str], ...] = (
     (snapshots, "revert"),
@@ -79,6 +89,8 @@ class Boundaries:
         if not self._steps_only:
             for name in STORE_CALLS:
                 setattr(files, name, self._store_call(name, getattr(files, name)))
+            write_image = self._store_call("_write", vars(qcow2)["_write"])
+            setattr(qcow2, "_write", write_image)  # noqa: B010 -- not for mypy to see
         for module in (libvirt, monitor, offline):
             setattr(module, "run_steps", self._run_steps)  # noqa: B010 -- not for mypy to see
         set_marker = DomainAdapter.set_marker

@@ -287,8 +287,12 @@ class Draft:
         self._lineage = lineage
         self._moving = False
         self.folder = lineage.path / f".{name}.{os.urandom(8).hex()}.partial"
-        with of_the_repository():
-            files.make_folder(self.folder)
+        try:
+            with of_the_repository():
+                files.make_folder(self.folder)
+        except BaseException:
+            self.abandon()
+            raise
 
     def path(self, file: str) -> Path:
         """Where the file of that name belongs."""

@@ -18,6 +18,7 @@ from ..domain.adapter import DomainAdapter
 from ..domain.disk import Disk, DiskLayers
 from ..engine.choice import Choice, Stack, choose
 from ..errors import (
+    CkptmgrError,
     InvalidDocument,
     OperationFailed,
     ReadOnlyConnection,
@@ -268,8 +269,15 @@ class Session:
         """
         space = self.place()
         self.release(space)
-        yield space
-        # Not after a failure: a job or server that could not be ended is known by its socket.
+        try:
+            yield space
+        except BaseException:
+            try:
+                # Whatever could not be ended is known by its socket, so that goes last.
+                self.release(space)
+            except CkptmgrError as error:
+                log.info("the next command clears away what is left: %s", error)
+            raise
         space.clear()
 
     def release(self, space: Workspace) -> None:

@@ -274,6 +274,9 @@ class _Restored:
     def commit(self) -> None:
         """The point is there."""
 
+    def withdraw(self) -> None:
+        """And it stays."""
+
 
 def _begin_history(
     adapter: DomainAdapter, store: Store, settings: Settings, manifest: Manifest

@@ -391,3 +391,43 @@ def test_points_are_opened_without_ckptmgr_as_the_documentation_says(
         done_ = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         assert done_.stdout == content
         server.wait()
+
+
+def test_while_points_are_made_merged_and_removed_a_reader_finds_nothing_wrong(
+    tmp_path: Path,
+) -> None:
+    kept = fork(tmp_path / "repo")
+    code = (
+        "import sys, pathlib\n"
+        "from integration.test_prune import Kept, changed, let_go\n"
+        "from ckptmgr.backup.repository import Repository\n"
+        "repo, key = sys.argv[1:]\n"
+        "kept = Kept(Repository(pathlib.Path(repo)).lineage(key))\n"
+        "last = 'we'\n"
+        "kept.contents['we'] = {'vda': sys.stdin.buffer.read()}\n"
+        "for number in range(12):\n"
+        "    name = f'p{number}'\n"
+        "    kept.add(name, last, {'vda': changed(kept.contents[last]['vda'], number)})\n"
+        "    if number:\n"
+        "        let_go(kept, last)\n"
+        "    last = name\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, str(kept.repository), kept.lineage.key],
+        stdin=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert writer.stdin is not None
+    writer.stdin.write(kept.contents["we"]["vda"])
+    writer.stdin.close()
+    seen: set[frozenset[str]] = set()
+    while writer.poll() is None:
+        view = ckptmgr.repository(kept.repository).points()
+        assert view.damaged == ()
+        assert all(point.broken is None for point in view.points)
+        seen.add(frozenset(point.name for point in view.points))
+        verified = ckptmgr.repository(kept.repository).verify()
+        assert verified.sound, [finding.message for finding in verified.findings]
+    assert writer.returncode == 0
+    assert len(seen) > 5
+    assert found(kept)["sound"]

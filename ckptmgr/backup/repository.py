@@ -46,6 +46,8 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")
 GONE = re.compile(r"\.(.+)\.gone")
 """Names of folders of points that are being removed."""
 
+_TRIES = 10
+
 _MANIFEST_MAX = 1 << 24  # bytes; ours has some hundred per disk
 
 
@@ -154,7 +156,23 @@ class Lineage:
                 self._locked = False
 
     def load(self) -> Loaded:
-        """All points that can be read, and what cannot.  Raises RepositoryFailed."""
+        """All points that can be read, and what cannot.  Raises RepositoryFailed.
+
+        What another process changes meanwhile is seen as it was before or after.
+        """
+        found = self._load()
+        for _ in range(_TRIES):
+            points = found.points
+            if not found.damaged and not any(map(points.broken, points.manifests)):
+                break
+            # Damage, or a change that is under way: then it is another one when looked at again.
+            again = self._load()
+            if again == found:
+                break
+            found = again
+        return found
+
+    def _load(self) -> Loaded:
         manifests: dict[str, Manifest] = {}
         damaged: list[Damage] = []
         under_way = None

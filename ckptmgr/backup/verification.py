@@ -47,6 +47,7 @@ DEPTH = "qemu:allocation-depth"
 """QEMU's docs/interop/nbd.txt: 0 where an image holds nothing itself."""
 
 _AT_ONCE = 1 << 20
+_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,39 @@ def verify(
     """
     names = None if wanted is None else set(wanted)
     loaded = lineage.load()
-    found = list(_verify(lineage, loaded, names))
-    if found and (now := lineage.load()) != loaded:
-        # Somebody made, merged or removed points meanwhile: what was found may be between the two.
-        there = set(now.points.manifests) | {each.point for each in now.damaged}
-        names = None if names is None else names & {name for name in there if name is not None}
+    looked_at = _looked_at(loaded, names)
+    found = list(_layers(lineage, loaded.points, looked_at))
+    for _ in range(_TRIES):
+        if not found or (now := lineage.load()) == loaded:
+            break
+        # Somebody made, merged or removed points meanwhile: this may lie between two states.
         loaded = now
-        found = list(_verify(lineage, loaded, names))
-    count = len(_looked_at(loaded, names)) + sum(
-        each.point is not None and (names is None or each.point in names) for each in loaded.damaged
-    )
-    return count, [_told(lineage, loaded.points, each) for each in found]
+        suspects = {each.point for each in found}
+        again = [name for name in loaded.points.by_time() if name in suspects]
+        found = list(_layers(lineage, loaded.points, again))
+    relevant = set(looked_at) | (names or set())
+    told = [
+        each
+        for each in structure(loaded)
+        if names is None or each.point in relevant or relevant & set(each.affected)
+    ]
+    told += found
+    if names is None:
+        told += _strays(lineage, loaded)
+    damaged = {each.point for each in loaded.damaged if each.point is not None}
+    count = len({*looked_at, *(damaged if names is None else damaged & names)})
+    return count, [_told(lineage, loaded.points, each) for each in told]
+
+
+def _layers(lineage: Lineage, points: Points, names: Iterable[str]) -> Iterator[Found]:
+    """What is wrong with the files and images of points."""
+    for name in names:
+        log.info("verifying restore point %s", name)
+        yield from _files(lineage, points, name)
+        for disk in points.get(name).disks:
+            affected = (name, *points.dependants(name, disk.name))
+            for code, message in _layer(lineage, points, name, disk):
+                yield Found(code, name, disk.name, message, affected)
 
 
 def _told(lineage: Lineage, points: Points, found: Found) -> VerifyFinding:
@@ -123,24 +146,6 @@ def _looked_at(loaded: Loaded, wanted: set[str] | None) -> list[str]:
         for disk in points.get(name).disks:
             chosen.update(points.reached(name, disk.name))
     return [name for name in points.by_time() if name in chosen]
-
-
-def _verify(lineage: Lineage, loaded: Loaded, wanted: set[str] | None) -> Iterator[Found]:
-    points = loaded.points
-    looked_at = _looked_at(loaded, wanted)
-    relevant = set(looked_at) | (wanted or set())
-    for found in structure(loaded):
-        if wanted is None or found.point in relevant or relevant & set(found.affected):
-            yield found
-    for name in looked_at:
-        log.info("verifying restore point %s", name)
-        yield from _files(lineage, points, name)
-        for disk in points.get(name).disks:
-            affected = (name, *points.dependants(name, disk.name))
-            for code, message in _layer(lineage, points, name, disk):
-                yield Found(code, name, disk.name, message, affected)
-    if wanted is None:
-        yield from _strays(lineage, loaded)
 
 
 # --- relations: pure -----------------------------------------------------------------------------

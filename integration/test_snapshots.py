@@ -986,6 +986,44 @@ def test_a_revert_that_was_killed_at_each_step(
 
 
 @pytest.mark.timeout(900)
+def test_a_revert_to_an_image_that_has_left_is_killed_while_bitmaps_are_taken_out(
+    daemon: Daemon, warm: Warm, make_vm_on: MakeMachine, tmp_path: Path
+) -> None:
+    """Of the disk and of the image that comes back, which no QEMU has open."""
+    scene = Branches(make_vm_on(daemon, DISKS, state="running"), tmp_path / "store", "libvirt")
+    scene.create("c1")
+    scene.scatter(1)
+    scene.snapshot("s1")
+    scene.loose = True  # a job copies, and where it copies to is marked
+    original = scene.machine.images["vda"]
+    tried: list[str] = []
+    for point in itertools.count(12):  # just before the intent
+        if scene.machine.images["vda"] == original:
+            original.with_suffix(".copy").unlink(missing_ok=True)
+            block_jobs.copy(scene.machine, "vda")
+            scene.find()
+        scene.scatter(1 + point)
+        outcome = warm.run(_task(scene, "revert_snapshot", point, name="s1"))
+        assert outcome.status == -signal.SIGKILL, outcome.error
+        tried.append(outcome.struck)
+        scene.domain.diff("c1")
+        made = _branched(scene, "s1")
+        where = f"killed {outcome.struck}, point {point}"
+        assert scene.state() == "running", where
+        assert (scene.machine.images["vda"] == original) == bool(made), where
+        scene.scatter(100 + point)
+        if made:
+            scene.check("c1", made)
+            scene.check(made, None)
+        scene.check("c1", None)
+        assert not [each for each in scene.domain.check() if not each.harmless], where
+        if outcome.struck == "in the middle of revert":
+            break
+    assert any("offline ImageBitmap" in each for each in tried), tried
+    print(f"killed at {len(tried)} points: {tried}")
+
+
+@pytest.mark.timeout(900)
 def test_a_snapshot_with_a_checkpoint_that_was_killed_at_each_step(
     daemon: Daemon, warm: Warm, make_vm_on: MakeMachine, tmp_path: Path
 ) -> None:

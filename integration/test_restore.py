@@ -7,6 +7,7 @@ import copy
 import os
 import random
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 import ckptmgr
 from ckptmgr.backup.block import BLOCK
+from ckptmgr.domain.locks import is_being_written
 from integration.conftest import MakeMachine
 from integration.stand import DiskSpec, Machine
 from integration.test_backup import Backups
@@ -312,3 +314,78 @@ def test_a_domain_that_libvirt_refuses_leaves_nothing(tracked: Backups, tmp_path
         long = "x" * 300
         host.restore(tracked.repository, name, "monday", tmp_path / "new", name=long, flatten=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_every_point_of_a_history_with_a_fork_comes_back(tracked: Backups, tmp_path: Path) -> None:
+    machine = tracked.machine
+    with tracked.domain() as domain:
+        domain.restore(tracked.repository, "monday")
+    machine.start()
+    scribble(machine, 10)
+    assert tracked.take("thursday").parent == "monday"
+    scribble(machine, 11)
+    assert tracked.take("friday").parent == "thursday"
+    repository = ckptmgr.repository(tracked.repository)
+    for point in ("monday", "tuesday", "wednesday", "thursday", "friday"):
+        done = repository.restore(machine.name, point, tmp_path / point, flatten=True)
+        for disk in done.disks:
+            raw = tmp_path / "seen.raw"
+            subprocess.run(
+                ["qemu-img", "convert", "-f", disk.format, "-O", "raw", disk.file, raw], check=True
+            )
+            assert raw.read_bytes() == held(tracked, point, disk.name), (point, disk.name)
+    # From one branch to the other, and the next backup knows the way.
+    machine.stop()
+    with tracked.domain() as domain:
+        domain.restore(tracked.repository, "wednesday")
+    for target in ("vda", "vdb"):
+        assert machine.contents(target) == tracked.held["wednesday"][target]
+    small_and_right(tracked, "saturday", "wednesday")
+
+
+def refused(backups: Backups, error: type[ckptmgr.CkptmgrError], says: str, **options: Any) -> None:
+    """It is refused, and nothing is touched."""
+    images = backups.machine.images
+    before = [(path.stat().st_ino, backups.machine.contents(disk)) for disk, path in images.items()]
+    with backups.domain() as domain:
+        current = domain.current()
+        with pytest.raises(error, match=says):
+            domain.restore(backups.repository, "monday", **options)
+        with pytest.raises(error, match=says):
+            domain.plan_restore(backups.repository, "monday", **options)
+        assert domain.current() == current
+    after = [(path.stat().st_ino, backups.machine.contents(disk)) for disk, path in images.items()]
+    assert after == before
+
+
+def test_what_would_do_harm_in_place_is_refused(tracked: Backups) -> None:
+    machine = tracked.machine
+    refused(tracked, ckptmgr.InvalidRequest, "has no disk 'vdz'", disks=["vdz"])
+    path = machine.images["vdb"]
+    holder = subprocess.Popen(
+        ["qemu-io", "-f", "qcow2", "-c", "sleep 60000", str(path)], stdin=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not is_being_written(str(path)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        refused(tracked, ckptmgr.Busy, "vdb is in use elsewhere")
+    finally:
+        holder.kill()
+        holder.wait()
+    machine.start()
+    refused(tracked, ckptmgr.InvalidRequest, "is running")
+    machine.resume()
+    machine.domain.managedSave()
+    refused(tracked, ckptmgr.InvalidRequest, "has a saved state")
+
+
+def test_snapshots_in_an_image_are_not_thrown_away(make_vm: MakeMachine, tmp_path: Path) -> None:
+    backups = Backups(make_vm([DiskSpec("vda", size=4 * MIB)], state="running"), tmp_path)
+    backups.take("monday")
+    backups.machine.stop()
+    path = backups.machine.images["vda"]
+    subprocess.run(["qemu-img", "bitmap", "--remove", path, "monday"], check=True)
+    subprocess.run(["qemu-img", "snapshot", "-c", "s1", path], check=True)
+    refused(backups, ckptmgr.Unsupported, "holds snapshots, which would be lost")

@@ -20,6 +20,7 @@ used meanwhile.
 
 from __future__ import annotations
 
+import glob
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from ..align import DiskRequest, default_granularity, find_disk, untrackable
 from ..backup.placement import Kind, Place, chosen
 from ..backup.repository import Repository
 from ..backup.restoring import Kept, among, view
-from ..backup.staging import Progress, Staged, staged, sync_folders
+from ..backup.staging import TEMPORARY, Progress, Staged, staged
 from ..backup.views import RestoreView
 from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
 from ..dirtymap import DirtyMap, union
@@ -90,6 +91,7 @@ def restore(session: Session, request: Request, progress: Progress) -> RestoreVi
     with session.locked() as loaded:
         kept = _kept(session, loaded.history, request)
         places = _places(session, kept, request)
+        _sweep(places)
         with staged(kept.lineage, kept.manifest, places, progress=progress) as work:
             session = session.renewed()
             _stands_still(session)
@@ -372,7 +374,15 @@ def _is(path: str, disk: Mapping[str, Any]) -> bool:
 def _discard(disks: Mapping[str, Mapping[str, Any]]) -> None:
     for each in disks.values():
         if _is(each["temporary"], each):
-            Path(each["temporary"]).unlink(missing_ok=True)
+            files.remove(Path(each["temporary"]), sync=False)
+
+
+def _sweep(places: Sequence[Place]) -> None:
+    """Remove the images that a restore was writing when it was killed, before it had an intent."""
+    for place in places:
+        for path in place.path.parent.glob(f".{glob.escape(place.path.name)}.*"):
+            if TEMPORARY.fullmatch(path.name):
+                files.remove(path, sync=False)
 
 
 def _finish(session: Session, intent: Intent) -> None:
@@ -413,9 +423,8 @@ def _replace_images(session: Session, disks: Mapping[str, Mapping[str, Any]]) ->
                 session.adapter.name,
             )
         else:
-            Path(each["temporary"]).rename(each["path"])
+            files.move(Path(each["temporary"]), Path(each["path"]))
             restored.append(target)
-    sync_folders(Path(each["path"]).parent for each in disks.values())
     _discard(disks)
     return tuple(restored)
 

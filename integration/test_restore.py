@@ -18,6 +18,7 @@ import pytest
 import ckptmgr
 from ckptmgr.backup.block import BLOCK
 from ckptmgr.domain.locks import is_being_written
+from ckptmgr.store import files
 from integration.conftest import MakeMachine
 from integration.stand import DiskSpec, Machine
 from integration.test_backup import Backups
@@ -389,3 +390,95 @@ def test_snapshots_in_an_image_are_not_thrown_away(make_vm: MakeMachine, tmp_pat
     subprocess.run(["qemu-img", "bitmap", "--remove", path, "monday"], check=True)
     subprocess.run(["qemu-img", "snapshot", "-c", "s1", path], check=True)
     refused(backups, ckptmgr.Unsupported, "holds snapshots, which would be lost")
+
+
+# --- interrupted, and used before it is settled ------------------------------------------------
+
+
+@pytest.fixture(name="halfway")
+def halfway_fixture(tracked: Backups, monkeypatch: pytest.MonkeyPatch) -> Backups:
+    """vda has been replaced by what it held on monday, and vdb has not."""
+    move = files.move
+
+    def once(old: Path, new: Path) -> None:
+        if new.name == "vdb.qcow2":
+            raise KeyboardInterrupt
+        move(old, new)
+
+    with monkeypatch.context() as patch, tracked.domain() as domain:
+        patch.setattr(files, "move", once)
+        with pytest.raises(KeyboardInterrupt):
+            domain.restore(tracked.repository, "monday")
+    return tracked
+
+
+def test_a_restore_that_was_interrupted_is_completed(halfway: Backups) -> None:
+    assert changed(halfway, "monday") == {"vda": 0, "vdb": 0}
+    for target in ("vda", "vdb"):
+        assert halfway.machine.contents(target) == halfway.held["monday"][target]
+    assert_consistent(halfway)
+    small_and_right(halfway, "thursday", "monday")
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_what_a_domain_wrote_before_it_was_settled_is_never_taken_for_unchanged(
+    halfway: Backups, running: bool
+) -> None:
+    machine = halfway.machine
+    machine.start()
+    machine.write("vda", 2 * MIB, 65536, 0x21)
+    machine.write("vdb", 3 * MIB, 65536, 0x22)
+    if not running:
+        machine.stop()
+    with halfway.domain() as domain:
+        diffs = {disk.name: disk for disk in domain.diff("monday").disks}
+        found = domain.current()
+    assert found is not None
+    assert found.parent == "monday"
+    for target, disk in diffs.items():
+        now, before = machine.contents(target), halfway.held["monday"][target]
+        told = bytearray(len(now))
+        for start, length in disk.extents():
+            told[start : start + length] = b"\1" * length
+        for at in range(0, len(now), 512):
+            assert now[at : at + 512] == before[at : at + 512] or told[at], (target, at)
+    assert diffs["vda"].known
+    assert diffs["vda"].dirty_bytes == 65536
+    folder = machine.images["vda"].parent
+    assert {path.name for path in folder.iterdir()} == {"vda.qcow2", "vdb.qcow2"}
+    if not running:
+        machine.start()
+    made = halfway.take("thursday")
+    halfway.check(made)
+    machine.write("vdb", 1 * MIB, 4096, 0x23)
+    made = halfway.take("friday")
+    halfway.check(made)
+    assert [(disk.mode, disk.reason) for disk in made.disks] == [("incremental", None)] * 2
+
+
+def test_in_place_on_a_full_file_system_keeps_the_images(
+    make_vm: MakeMachine, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", small], check=True)
+    try:
+        image = small / "vda.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "4M"], check=True)
+        backups = Backups(make_vm([DiskSpec("vda", size=4 * MIB, image=image)]), tmp_path)
+        backups.machine.write("vda", 0, 3 * MIB, 0x11)
+        backups.take("monday")
+        backups.machine.stop()
+        before = backups.machine.contents("vda")
+        with backups.domain() as domain:
+            with pytest.raises(ckptmgr.RestoreFailed, match="No space left"):
+                domain.restore(backups.repository, "monday")
+            found = domain.current()
+        assert found is not None
+        assert found.name == "monday"
+        assert backups.machine.contents("vda") == before
+        assert [path.name for path in small.iterdir()] == ["vda.qcow2"]
+        assert_consistent(backups)
+        backups.machine.destroy()
+    finally:
+        subprocess.run(["umount", small], check=True)

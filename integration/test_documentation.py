@@ -39,4 +39,4 @@ def test_every_example_of_the_api_prints_what_stands_below_it(
             assert printed == text
             printed = ""
             compared += 1
-    assert compared == 16
+    assert compared == 17

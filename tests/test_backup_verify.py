@@ -10,13 +10,17 @@ import pytest
 from hypothesis import given
 from pyroaring import BitMap64
 
+import ckptmgr
+from ckptmgr import Retention
+from ckptmgr.backup import verification
 from ckptmgr.backup.digests import Digests
+from ckptmgr.backup.manifest import PointFile
 from ckptmgr.backup.points import Points
-from ckptmgr.backup.repository import Damage, Loaded
+from ckptmgr.backup.repository import Damage, Loaded, Repository
 from ckptmgr.backup.verification import allocation_faults, structure
 from ckptmgr.cli import main
 
-from .repositories import filled, identity, manifest, point_disk, write_digests
+from .repositories import UUID, commit, filled, identity, manifest, point_disk, write_digests
 from .test_backup_points import WEEK, damaged
 
 
@@ -96,3 +100,41 @@ def test_images_that_are_none_are_found_without_asking_qemu(
         ("missing-image", "friday"),
     ]
     assert document["findings"][0]["affected"] == ["monday", "tuesday", "wednesday", "friday"]
+
+
+def test_a_file_system_that_goes_away_is_no_sound_repository(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lineage = filled(tmp_path / "repo")
+    look = verification._file_fault
+
+    def going(path: Path, file: PointFile) -> str | None:
+        if lineage.path.exists():
+            lineage.path.rename(tmp_path / "unmounted")
+        return look(path, file)
+
+    monkeypatch.setattr(verification, "_file_fault", going)
+    assert main(["verify", str(tmp_path / "repo"), "--json"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "repository"
+    assert "mounted" in error["hint"]
+
+
+def test_a_point_that_is_pruned_meanwhile_is_no_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(Images that are images are in integration/.)"""
+    lineage = Repository(tmp_path / "repo").lineage(UUID)
+    with lineage.lock(0):
+        commit(lineage, manifest("a", disks=()))
+        commit(lineage, manifest("b", "a", disks=()))
+    look = verification._file_fault
+
+    def going(path: Path, file: PointFile) -> str | None:
+        if "a" in lineage.names():
+            ckptmgr.repository(tmp_path / "repo").prune(Retention(last=1))
+        return look(path, file)
+
+    monkeypatch.setattr(verification, "_file_fault", going)
+    assert main(["verify", str(tmp_path / "repo"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["findings"] == []

@@ -155,6 +155,17 @@ class Lineage:
             finally:
                 self._locked = False
 
+    def require(self) -> None:
+        """See that the folder is there, with anything in it.
+
+        Raises RepositoryFailed: the file system may have been taken away under our hands.
+        """
+        if not self.names():
+            raise RepositoryFailed(
+                f"{self.path} is not there any more",
+                hint="is the file system of the repository mounted?",
+            )
+
     def load(self) -> Loaded:
         """All points that can be read, and what cannot.  Raises RepositoryFailed.
 

@@ -75,8 +75,8 @@ def verify(
 
     wanted -- points, with all that they stand on; None: all, and whatever else lies there
 
-    Raises NoPoint for a point that is not there, RepositoryFailed if the folder cannot be read,
-    Unsupported where QEMU's tools are not installed.
+    Raises NoPoint for a point that is not there, RepositoryFailed if the folder cannot be read or
+    goes away, Unsupported where QEMU's tools are not installed.
     """
     names = None if wanted is None else set(wanted)
     loaded = lineage.load()
@@ -85,6 +85,7 @@ def verify(
     for _ in range(_TRIES):
         if not found or (now := lineage.load()) == loaded:
             break
+        lineage.require()
         # Somebody made, merged or removed points meanwhile: this may lie between two states.
         loaded = now
         suspects = {each.point for each in found}

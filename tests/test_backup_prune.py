@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
@@ -282,19 +283,36 @@ def no_waiting_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_fsync_folder", lambda path: None)
 
 
+TARGETS = ("vda", "vdb")
+
+
+def two_points(root: Path) -> Any:
+    """monday <- tuesday, of two disks."""
+    lineage = Repository(root / "repo").lineage(UUID)
+    Repository(root / "repo").make()
+    with lineage.lock(0):
+        commit(lineage, manifest("monday", disks=tuple(map(point_disk, TARGETS))))
+        disks = tuple(point_disk(target, "monday") for target in TARGETS)
+        commit(lineage, manifest("tuesday", "monday", disks=disks))
+    return lineage
+
+
 def change(lineage: Any, recorder: disk.Recorder) -> None:
-    """What replacing tuesday's image by a merged one writes."""
+    """What replacing tuesday's images by merged ones writes."""
     folder = lineage.path / "tuesday"
     old = parse_manifest((folder / MANIFEST).read_bytes())
-    image = rewriting.temporary("vda.qcow2")
-    output = files.Output(folder / image)
-    output.append(b"merged image")
-    output.close()
-    digests = rewriting.new_digests("vda")
-    sha256 = write_digests(folder / digests, {0: b"x"})
-    new_disk = point_disk(bytes=12, digests=digests, digests_sha256=sha256)
-    new = manifest("tuesday", None, created=old.created, disks=(new_disk,), files=old.files)
-    record = rewriting.Rewriting("tuesday", {image: "vda.qcow2"}, rewriting.temporary(MANIFEST))
+    images, disks = {}, []
+    for target in TARGETS:
+        image = rewriting.temporary(f"{target}.qcow2")
+        images[image] = f"{target}.qcow2"
+        output = files.Output(folder / image)
+        output.append(b"merged " + target.encode())
+        output.close()
+        digests = rewriting.new_digests(target)
+        sha256 = write_digests(folder / digests, {0: target.encode()})
+        disks.append(point_disk(target, bytes=10, digests=digests, digests_sha256=sha256))
+    new = manifest("tuesday", None, created=old.created, disks=tuple(disks), files=old.files)
+    record = rewriting.Rewriting("tuesday", images, rewriting.temporary(MANIFEST))
     output = files.Output(folder / record.manifest)
     output.append(format_manifest(new))
     output.close()
@@ -309,7 +327,7 @@ def change(lineage: Any, recorder: disk.Recorder) -> None:
 def test_a_power_cut_during_a_change_leaves_the_old_or_the_new_and_settling_completes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lineage = filled(tmp_path / "repo", "monday", "tuesday")
+    lineage = two_points(tmp_path)
     old = lineage.load().points.get("tuesday")
     start = disk.tree(tmp_path)
     recorder = disk.Recorder()
@@ -318,13 +336,13 @@ def test_a_power_cut_during_a_change_leaves_the_old_or_the_new_and_settling_comp
         change(lineage, recorder)
     new = lineage.load().points.get("tuesday")
     assert new != old
-    numbers, seen = count(), set()
+    numbers, seen, mixed = count(), set(), set()
     for crash in disk.power_cuts(start, recorder.calls):
         root = tmp_path / f"crash {next(numbers)}"
         crash.restore(tmp_path, root)
         left = Repository(root / "repo").lineage(UUID)
         assert left.load().damaged == ()
-        require_consistent(left, old, new)
+        mixed.add(require_consistent(left, old, new))
         with left.lock(0):
             left.settle()
         found = left.load().points.get("tuesday")
@@ -335,19 +353,28 @@ def test_a_power_cut_during_a_change_leaves_the_old_or_the_new_and_settling_comp
         assert sorted(left.names()) == ["lock", "monday", "tuesday"]
         there = {path.name for path in (left.path / "tuesday").iterdir()}
         assert there == {MANIFEST, *found.file_names}
+        shutil.rmtree(root)
     assert seen == {(False, False), (True, False), (True, True)}
+    many = range(len(TARGETS) + 1)  # one image after the other
+    assert mixed == {tuple(at < new_ones for at in range(len(TARGETS))) for new_ones in many}
 
 
-def require_consistent(lineage: Any, old: Any, new: Any) -> None:
-    """The image that is there, its size and its digests are spoken of as they are."""
+def require_consistent(lineage: Any, old: Any, new: Any) -> tuple[bool, ...]:
+    """The images that are there, their sizes and digests are spoken of as they are.
+
+    Returns which of them are new.
+    """
     point = lineage.load().points.get("tuesday")
-    image = lineage.image(point, "vda").read_bytes()
-    (vda,) = point.disks
-    assert vda in (old.disks[0], new.disks[0])
-    assert (image == b"merged image") == (vda == new.disks[0])
-    assert len(image) == vda.bytes
-    with Digests(lineage.digests(point, "vda")) as digests:
-        assert digests.sha256 == vda.digests_sha256
+    assert lineage.load().points.broken("tuesday") is None
+    are_new = []
+    for each in point.disks:
+        image = lineage.image(point, each.name).read_bytes()
+        are_new.append(image == b"merged " + each.name.encode())
+        assert each == (new if are_new[-1] else old).disk(each.name)
+        assert len(image) == each.bytes
+        with Digests(lineage.digests(point, each.name)) as digests:
+            assert digests.sha256 == each.digests_sha256
+    return tuple(are_new)
 
 
 @pytest.mark.parametrize("missing", ["_fsync", "_fsync_folder"])
@@ -356,6 +383,7 @@ def test_the_power_cut_above_finds_a_missing_fsync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.setattr(disk, "CALLS", tuple(call for call in disk.CALLS if call != missing))
+    monkeypatch.setattr(f"{__name__}.TARGETS", ("vda",))  # of fewer files there are fewer states
     with pytest.raises((AssertionError, RepositoryDamaged, OSError)):
         test_a_power_cut_during_a_change_leaves_the_old_or_the_new_and_settling_completes_it(
             tmp_path, monkeypatch

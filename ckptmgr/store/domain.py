@@ -334,7 +334,7 @@ class DomainStore:
 
         A history is long, and a command changes a document or two of it.
         """
-        stamp = files.stamp(self.path / name)
+        stamp = files.stamp(f"{self.path}/{name}")
         if name in self._read and self._read[name][0] == stamp:
             return self._read[name][1]
         self._read.pop(name, None)

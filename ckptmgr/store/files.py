@@ -217,12 +217,12 @@ Stamp = tuple[int, ...]
 _SETTLED = 1_000_000_000  # ns, many ticks of any file system's clock
 
 
-def stamp(path: Path) -> Stamp | None:
+def stamp(path: str) -> Stamp | None:
     """The stamp of a file; None if it changed so lately that it may change and keep its stamp.
 
     Raises OSError.
     """
-    found = path.lstat()
+    found = os.lstat(path)
     if time.time_ns() - found.st_ctime_ns < _SETTLED:
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

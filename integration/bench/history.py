@@ -23,6 +23,7 @@ import ckptmgr
 from integration.stand import MIB, Daemon, DiskSpec, Machine, Workspace, adopt, private_mounts
 
 from .bare import Bare
+from .report import machine as where
 
 WRITES = 4
 """Writes between two checkpoints, each in a granule of its own."""
@@ -209,6 +210,8 @@ def main() -> None:
             *_long(stand, asked.checkpoints),
             "",
             *_wide(stand, asked.extents),
+            "",
+            f"{where()}.",
         ):
             print(line, flush=True)
         stand.close()

@@ -26,7 +26,7 @@ def lines(rows: Sequence[Row], rounds: int, seconds: float) -> Iterator[str]:
     for row in (cells[0], rule, *cells[1:]):
         yield "| " + " | ".join(_set(row, widths)) + " |"
     yield ""
-    yield f"Medians of {rounds} rounds in turns, {seconds:.0f} s in all. {_machine()}."
+    yield f"Medians of {rounds} rounds in turns, {seconds:.0f} s in all. {machine()}."
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -48,7 +48,8 @@ def _set(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
         yield cell.rjust(width) if column in (1, 3, 4) else cell.ljust(width)
 
 
-def _machine() -> str:
+def machine() -> str:
+    """When and where this was measured, a sentence."""
     number = libvirt.getVersion()
     libvirt_version = f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
     done = subprocess.run(

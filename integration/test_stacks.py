@@ -22,11 +22,12 @@ from ckptmgr.domain import nodes
 from ckptmgr.domain.disk import Disk
 from ckptmgr.errors import NodeUnknown, Unsupported
 from integration.conftest import MakeMachine
-from integration.stacks import RELEASES, Stack
+from integration.stacks import RELEASES, Stack, build
 from integration.stacks.__main__ import NAMES
 from integration.stacks.fixtures import Stacks
 from integration.stacks.table import Cell
 from integration.stand import MIB, DiskSpec, Guest, Machine, rounded
+from integration.stand.accel import domain_type
 from integration.traces import holding, naming
 from integration.tracked import Tracked
 
@@ -663,6 +664,21 @@ def plug(machine: Machine, target: str, disk: DiskSpec) -> None:
 
 
 # --- no trace ------------------------------------------------------------------------------------
+
+
+@pytest.mark.scenario("one path inside and out, no /dev/kvm that does not work")
+def test_a_stack_has_our_folders_where_we_have_them_and_leaves_its_release_alone(
+    stack: Stack, tmp_path: Path
+) -> None:
+    def inside(*command: str) -> bool:
+        return subprocess.run(stack.inside(*command), check=False).returncode == 0
+
+    (tmp_path / "out").touch()
+    assert inside("mv", f"{tmp_path}/out", f"{tmp_path}/in")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert inside("test", "-e", "/dev/kvm") == (domain_type() == "kvm")
+    assert inside("touch", "/usr/written")
+    assert not (build(stack.kind) / "usr/written").exists()
 
 
 @pytest.mark.scenario("killed, it leaves no trace")

@@ -459,6 +459,27 @@ def test_full_points_are_removed_and_their_children_stay_in_the_tree(tmp_path: P
     assert sorted(lineage.names()) == ["c", "d", "e", "lock"]
 
 
+def test_names_alone_are_printed_and_what_stays_for_another_reason_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lineage = Repository(tmp_path / "repo").lineage(UUID)
+    with lineage.lock(0):
+        for number, name in enumerate(("a", "b", "c")):
+            commit(lineage, manifest(name, created=NOON + number, disks=(point_disk(),)))
+        commit(lineage, manifest("d", created=NOON - 1, disks=(point_disk(base="x"),)))
+    (lineage.path / "b" / overlays.RECORD).write_text('[{"path": "/dev/null", "created": 1}]')
+    (lineage.path / "e").mkdir()
+    assert main(["prune", str(tmp_path / "repo"), "--keep-last", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "a\n"
+    assert "restore point b stays: restored as /dev/null" in err
+    assert "restore point d stays: broken" in err
+    assert "manifest.json: it is missing" in err
+    assert "restore point c" not in err
+    assert main(["-q", "prune", str(tmp_path / "repo"), "--keep-last", "1"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_an_overlay_record_that_cannot_be_read_keeps_everything(tmp_path: Path) -> None:
     lineage = filled(tmp_path / "repo", "monday")
     record = lineage.path / "monday" / overlays.RECORD

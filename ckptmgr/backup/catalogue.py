@@ -9,6 +9,7 @@ None of it needs libvirt.  Everything raises a subclass of ``ckptmgr.CkptmgrErro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from ..errors import InvalidRequest, NoPoint
 from .placement import Request
 from .pruning import Pruning, prune, staying
 from .repository import Lineage, Loaded, Repository
-from .retention import Retention
+from .retention import NEWEST, Retention
 from .views import (
     DamageView,
     PointsView,
@@ -33,6 +34,8 @@ from .views import (
 if TYPE_CHECKING:
     from ..plan.steps import Plan
     from .staging import Progress
+
+log = logging.getLogger("ckptmgr")
 
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that changes the same points."""
@@ -189,7 +192,8 @@ class Catalogue:
                 loaded = lineage.load()
                 pruning, view = self._decide(lineage, loaded, retention, domain)
                 carry_out(lineage, loaded.points, pruning)
-                decided.append(view)
+            _warn(view, retention)
+            decided.append(view)
         return _together(decided, dry_run=False)
 
     def _decide(
@@ -261,6 +265,16 @@ def _has(loaded: Loaded, point: str) -> bool:
 
 def _damage_views(lineage: Lineage, loaded: Loaded) -> tuple[DamageView, ...]:
     return tuple(DamageView(lineage.key, each.point, each.message) for each in loaded.damaged)
+
+
+def _warn(view: PruneView, retention: Retention) -> None:
+    """Say which points stay for another reason than their time."""
+    for damage in view.damaged:
+        log.warning("%s", damage.message)
+    for point in view.points:
+        special = [each for each in point.reasons if each not in (NEWEST, *retention.rules())]
+        if special:
+            log.warning("restore point %s stays: %s", point.name, "; ".join(special))
 
 
 def _together(views: list[PruneView], *, dry_run: bool) -> PruneView:

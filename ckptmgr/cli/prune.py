@@ -85,15 +85,8 @@ def calendar(view: PruneView, terminal: Terminal) -> Iterator[str]:
 
 
 def pruned(view: PruneView, terminal: Terminal) -> Iterator[str]:
-    """The points that went, a name a line; then what stays for another reason than its time."""
-    for point in view.points:
-        if not point.stays:
-            yield visible(point.name)
-    for point in view.points:
-        special = [reason for reason in point.reasons if reason not in _RULES]
-        if special and special != ["newest"]:
-            yield f"{visible(point.name)} stays: {visible('; '.join(special))}"
-    yield from _damaged(view, terminal)
+    """The points that went, a name a line."""
+    return (visible(point.name) for point in view.points if not point.stays)
 
 
 def _weekday(created: int, day: str) -> str:
@@ -113,10 +106,6 @@ def _sum(view: PruneView, terminal: Terminal, what: str) -> Iterator[str]:
     going = [point for point in view.points if not point.stays]
     held = size(sum(point.bytes for point in going))
     yield f"{len(going)} of {len(view.points)} points {what}; their images have {held}."
-    yield from _damaged(view, terminal)
-
-
-def _damaged(view: PruneView, terminal: Terminal) -> Iterator[str]:
     for damage in view.damaged:
         yield f"{terminal.paint('damaged:', Style.BAD)} {visible(damage.message)}"
 

@@ -377,6 +377,12 @@ def test_what_would_do_harm_in_place_is_refused(tracked: Backups) -> None:
         holder.wait()
     machine.start()
     refused(tracked, ckptmgr.InvalidRequest, "is running")
+    machine.domain.checkpointCreateXML(
+        "<domaincheckpoint><name>mine</name><disks><disk name='vda'/></disks></domaincheckpoint>"
+    )
+    machine.stop()
+    refused(tracked, ckptmgr.Unsupported, "libvirt has a checkpoint 'mine' that is not ours")
+    machine.start()
     machine.resume()
     machine.domain.managedSave()
     refused(tracked, ckptmgr.InvalidRequest, "has a saved state")
@@ -456,6 +462,7 @@ def test_what_a_domain_wrote_before_it_was_settled_is_never_taken_for_unchanged(
     assert [(disk.mode, disk.reason) for disk in made.disks] == [("incremental", None)] * 2
 
 
+@pytest.mark.not_on_stacks("what is mounted here is not mounted there")
 def test_in_place_on_a_full_file_system_keeps_the_images(
     make_vm: MakeMachine, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from ckptmgr.backup import volume
 from ckptmgr.backup.block import BLOCK
 from ckptmgr.backup.catalogue import Catalogue, repository
+from ckptmgr.backup.compaction import held_back
 from ckptmgr.backup.overlays import RECORD, recorded
 from ckptmgr.backup.repository import Lineage
 from ckptmgr.backup.volume import NewFile, Volume
@@ -70,6 +71,10 @@ def test_the_point_knows_the_overlays_that_stand_on_it(
     ]
     assert recorded(lineage.path / "monday") == found
     assert recorded(lineage.path / "tuesday") == []
+    held = held_back(lineage, lineage.load())
+    assert held == {"monday": tuple(f"restored as {each['path']}" for each in found)}
+    (tmp_path / "a/vda.qcow2").unlink()
+    assert held_back(lineage, lineage.load()) == {"monday": held["monday"][1:]}
 
 
 def test_a_domain_is_found_by_name_and_by_uuid_and_no_other(catalogue: Catalogue) -> None:
@@ -125,6 +130,8 @@ def test_damage_is_told_before_anything_is_made(
     harm(lineage.path / file)
     with pytest.raises(RepositoryDamaged, match=says):
         catalogue.restore("web", "tuesday", tmp_path / "to")
+    with pytest.raises(RepositoryDamaged, match=says):
+        catalogue.plan_restore("web", "tuesday", tmp_path / "to")
     assert not (tmp_path / "to").exists()
 
 
@@ -133,6 +140,8 @@ def test_nothing_that_is_there_is_overwritten(catalogue: Catalogue, tmp_path: Pa
     (tmp_path / "to/vdb.qcow2").write_bytes(b"mine")
     with pytest.raises(InvalidRequest, match=r"vdb\.qcow2 is there already"):
         catalogue.restore("web", "monday", tmp_path / "to")
+    with pytest.raises(InvalidRequest, match=r"vdb\.qcow2 is there already"):
+        catalogue.plan_restore("web", "monday", tmp_path / "to")
     assert names(tmp_path / "to") == ["vdb.qcow2"]
     assert (tmp_path / "to/vdb.qcow2").read_bytes() == b"mine"
 

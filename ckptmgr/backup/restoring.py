@@ -16,7 +16,7 @@ from .manifest import Manifest
 from .placement import Found, Request, look, place
 from .points import Points
 from .repository import Lineage, Loaded, Repository
-from .staging import Progress, Staged, install, staged
+from .staging import Progress, Staged, check, install, staged
 from .views import RestoredDisk, RestoreView
 
 FOLDER_MODE = 0o711
@@ -96,6 +96,7 @@ def plan_restore(kept: Kept, request: Request) -> Plan:
     """What restore() would do; nothing is touched."""
     request = settled(request)
     places = place(kept.manifest, request, volumes(request.onto))
+    check(kept.lineage, kept.points, kept.manifest, places)
     return Plan(EngineName.OFFLINE, tuple(Direct(str(each)) for each in places))
 
 

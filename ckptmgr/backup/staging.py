@@ -117,8 +117,7 @@ def _opened(
     with nullcontext() if locked else _kept_still(lineage, needed=False):
         points = lineage.load().points
         manifest = _same(points, manifest)
-        for place in places:
-            _check(lineage, points, manifest, place)
+        check(lineage, points, manifest, places)
         new = [place.path for place in places if place.kind is Kind.OVERLAY]
         if new:
             overlays.record(lineage.path / manifest.name, new)
@@ -186,8 +185,16 @@ def sync_folders(folders: Iterator[Path]) -> None:
                 os.close(descriptor)
 
 
+def check(lineage: Lineage, points: Points, manifest: Manifest, places: Sequence[Place]) -> None:
+    """Refuse what can be refused before anything is written.
+
+    Raises RepositoryDamaged, RepositoryFailed, InvalidRequest, Busy.
+    """
+    for place in places:
+        _check(lineage, points, manifest, place)
+
+
 def _check(lineage: Lineage, points: Points, manifest: Manifest, place: Place) -> None:
-    """What can be refused before anything is written."""
     for name in points.chain(manifest.name, place.disk):
         check_image(lineage, points, name, place.disk)
     if place.path.is_relative_to(lineage.path.parent.resolve()):

@@ -23,7 +23,7 @@ from ..backup.definition import Identity, Image, Redefinition, redefined
 from ..backup.manifest import Manifest
 from ..backup.placement import Place, Request, place
 from ..backup.restoring import Kept, made, settled, view, volumes
-from ..backup.staging import Progress, install, staged
+from ..backup.staging import Progress, check, install, staged
 from ..backup.views import RestoreView
 from ..checkpoint import Checkpoint, EngineName
 from ..config import Settings
@@ -105,6 +105,7 @@ def define(
 def plan_define(connection: Connection, kept: Kept, request: Request, name: str) -> Plan:
     """What define() would do; nothing is touched."""
     prepared = _prepared(connection, kept, settled(request), name)
+    check(kept.lineage, kept.points, kept.manifest, prepared.places)
     return Plan(
         EngineName.OFFLINE,
         (

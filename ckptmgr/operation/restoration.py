@@ -34,13 +34,14 @@ from ..align import DiskRequest, default_granularity, find_disk, untrackable
 from ..backup.placement import Kind, Place, chosen
 from ..backup.repository import Repository
 from ..backup.restoring import Kept, among, view
-from ..backup.staging import TEMPORARY, Progress, Staged, staged
+from ..backup.staging import TEMPORARY, Progress, Staged, check, staged
 from ..backup.views import RestoreView
 from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
 from ..dirtymap import DirtyMap, union
 from ..document import format_libvirt
 from ..domain.disk import Disk
 from ..domain.images import internal_snapshots
+from ..domain.known import known_names
 from ..engine.qemu_img import change_bitmap, check_free
 from ..errors import (
     BitmapBroken,
@@ -89,6 +90,7 @@ def restore(session: Session, request: Request, progress: Progress) -> RestoreVi
     session = session.with_any_engine()
     _stands_still(session)
     with session.locked() as loaded:
+        _no_strangers(session, loaded.history)
         kept = _kept(session, loaded.history, request)
         places = _places(session, kept, request)
         _sweep(places)
@@ -112,8 +114,10 @@ def plan_restore(session: Session, request: Request) -> Plan:
     session = session.with_any_engine()
     _stands_still(session)
     history = session.loaded().history
+    _no_strangers(session, history)
     kept = _kept(session, history, request)
     places = _places(session, kept, request)
+    check(kept.lineage, kept.points, kept.manifest, places)
     whole = _whole(kept, places)
     parent = _checkpoint_of(session, history, kept) if whole else history.current
     under = f"under {parent}" if parent else "as a new root"
@@ -146,6 +150,17 @@ def _stands_still(session: Session) -> None:
         raise InvalidRequest(
             f"domain {name!r} has a saved state, which would be loaded on other disks than it knew",
             hint=f"start the domain, or give the state up: virsh managedsave-remove {name}",
+        )
+
+
+def _no_strangers(session: Session, history: History) -> None:
+    """libvirt would go on counting on bitmaps that go with the old images."""
+    strangers = set(known_names(session.adapter)) - history.checkpoints.keys()
+    for name in sorted(strangers) if session.tells_libvirt else ():
+        raise Unsupported(
+            f"domain {session.adapter.name!r}: libvirt has a checkpoint {name!r} that is not ours, "
+            "and its bitmaps would go with the images",
+            hint="`ckptmgr adopt` takes over libvirt's checkpoints",
         )
 
 

@@ -285,7 +285,7 @@ def restore(bench: Bench, place: Path) -> Iterator[str]:
 
 
 def large(bench: Bench, place: Path) -> Iterator[str]:
-    """A sparse disk of 1 TiB, and what it costs to know how much of it changed."""
+    """A sparse disk of 1 TiB, all of it and what changed."""
     with _folder(place) as folder:
         machine = Machine(bench.stand, (DiskSpec("vda", size=LARGE),), state="running")
         ours = Ours(machine, folder)

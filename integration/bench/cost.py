@@ -53,6 +53,8 @@ class Meter:
     def __init__(self, *qemu: int, environment: Mapping[str, str] | None = None) -> None:
         self._qemu = qemu
         self._environment = {**os.environ, **(environment or {}), "LC_ALL": "C.UTF-8"}
+        # As what is installed, ours is compiled once.
+        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._memory = 0.0
 
     def __enter__(self) -> Meter:

@@ -120,7 +120,7 @@ def convert_image(image: Path, target: Path) -> Cost:
 def nbdcopy_image(image: Path, target: Path) -> Cost:
     """A chain of images made one raw file by nbdcopy."""
     with Meter() as meter:
-        served = ["[", "qemu-nbd", "-r", "-f", "qcow2", str(image), "]"]
+        served = ("[", "qemu-nbd", "-r", "-f", "qcow2", str(image), "]")
         meter.run("nbdcopy", "--flush", "--", *served, target / "vda.raw")
     return meter.cost
 
@@ -128,7 +128,7 @@ def nbdcopy_image(image: Path, target: Path) -> Cost:
 def virtnbdrestore(copies: Path, target: Path) -> Cost:
     """What virtnbdbackup copied, got back by its own tool."""
     with Meter() as meter:
-        places = ["-i", copies, "-o", target, "-L", target / "log", "-f", target / "sock"]
+        places = ("-i", copies, "-o", target, "-L", target / "log", "-f", target / "sock")
         meter.run("virtnbdrestore", "-n", *places)
     return meter.cost
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .block import BLOCK
+from .writeback import WriteBack
 
 _CLUSTER_BITS = 16
 _ENTRIES = BLOCK // 8
@@ -77,6 +78,7 @@ class Qcow2Writer:
         self._count(0, 1)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = os.open(path, flags, 0o600)
+        self._write_back = WriteBack(self._file)
 
     # --- blocks ------------------------------------------------------------------------------
 
@@ -141,6 +143,7 @@ class Qcow2Writer:
     def _allocate(self, count: int) -> int:
         """The first of `count` new clusters."""
         first = self._free
+        self._write_back.reached(first * BLOCK)
         self._free += count
         self._count(first, count)
         self._write_counts()

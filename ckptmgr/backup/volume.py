@@ -14,6 +14,7 @@ import stat
 from pathlib import Path
 
 from .block import BLOCK
+from .writeback import WriteBack
 
 # linux/falloc.h
 _KEEP_SIZE = 1
@@ -41,10 +42,12 @@ class NewFile:
         except OSError:
             self.abandon()
             raise
+        self._write_back = WriteBack(self._file)
 
     def write(self, first: int, data: memoryview) -> None:
         """Blocks from number `first` on."""
         _write(self._file, data, first * BLOCK)
+        self._write_back.reached(first * BLOCK)
 
     def close(self) -> None:
         """Make it durable."""
@@ -83,12 +86,14 @@ class Volume:
         except BaseException:
             self.abandon()
             raise
+        self._write_back = WriteBack(self._file)
 
     def write(self, first: int, data: memoryview) -> None:
         """Blocks from number `first` on."""
         if first == 0:
             self._first, data, first = bytes(data[:BLOCK]), data[BLOCK:], 1
         _write(self._file, data, first * BLOCK)
+        self._write_back.reached(first * BLOCK)
 
     def close(self) -> None:
         """Make it durable, and then what it begins with."""

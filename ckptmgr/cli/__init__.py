@@ -19,4 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gc.set_threshold(100_000)  # what a command makes lives about as long as its process
     from .program import run
 
-    return run(words)
+    status = run(words)
+    if arguments is None:
+        gc.freeze()  # the end of the process frees it all anyway, without looking at each object
+    return status

@@ -6,35 +6,17 @@ import logging
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
-from .text import visible
 from .units import size
+
+if TYPE_CHECKING:
+    from .bars import Bars
 
 log = logging.getLogger("ckptmgr")
 
 LINES_EVERY = 30.0
 """Seconds between two lines of the log."""
-
-
-class _Rate(ProgressColumn):
-    """Bytes per second, in the units of all that we print (rich's own are decimal)."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{size(int(speed))}/s", style="progress.data.speed")
 
 
 class CopyProgress:
@@ -45,18 +27,11 @@ class CopyProgress:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._bars: Progress | None = None
+        self._bars: Bars | None = None
         if sys.stderr.isatty() and not quiet:
-            self._bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(binary_units=True),
-                _Rate(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-        self._tasks: dict[str, TaskID] = {}
+            from .bars import Bars  # rich takes a tenth of a second to load
+
+            self._bars = Bars()
         self._told: dict[str, float] = {}
 
     def __enter__(self) -> CopyProgress:
@@ -76,9 +51,7 @@ class CopyProgress:
     def __call__(self, disk: str, done: int, total: int) -> None:
         """`done` of `total` bytes of `disk` are copied."""
         if self._bars is not None:
-            if disk not in self._tasks:
-                self._tasks[disk] = self._bars.add_task(visible(disk), total=total)
-            self._bars.update(self._tasks[disk], completed=done, total=total)
+            self._bars.show(disk, done, total)
             return
         now = time.monotonic()
         if disk not in self._told:

@@ -7,16 +7,19 @@ import logging
 import os
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from pyroaring import BitMap64
 
 from ..align import find_disk
 from ..backup.base import Base, DiskBase, disk_base, find_base
 from ..backup.block import BLOCK, block_count, blocks_of
 from ..backup.copying import Rate, Source
-from ..backup.digests import Digests
+from ..backup.digests import Digests, block_set
+from ..backup.digests import runs as runs_of
 from ..backup.layer import Layer
 from ..backup.manifest import FULL, INCREMENTAL, Manifest, PointDisk, PointFile, new_id
 from ..backup.points import Points
@@ -166,7 +169,7 @@ class RestorePoint:
         with ExitStack() as stack:
             source = stack.enter_context(Source(server, export, target))
             below = self._below(history, target, stack)
-            runs, reason = self._runs(history, checkpoint, target, below, source.size)
+            blocks, reason = self._blocks(history, checkpoint, target, below, source.size)
             layer = Layer(
                 self._draft.path(f"{target}.qcow2"),
                 self._draft.path(f"{target}.digests"),
@@ -177,7 +180,10 @@ class RestorePoint:
             )
             try:
                 source.read(
-                    runs, layer, rate=self._rate, progress=self._advance(target, runs, source.size)
+                    runs_of(blocks),
+                    layer,
+                    rate=self._rate,
+                    progress=self._advance(target, len(blocks), source.size),
                 )
                 size = layer.close()
             except BaseException:
@@ -239,16 +245,16 @@ class RestorePoint:
         recorded = self._points.disk(base.point, target)
         return _Below(base, recorded.file, tuple(layers))
 
-    def _runs(
+    def _blocks(
         self,
         history: History,
         checkpoint: Checkpoint | None,
         target: str,
         below: _Below,
         size: int,
-    ) -> tuple[list[tuple[int, int]], str | None]:
+    ) -> tuple[BitMap64, str | None]:
         """The blocks to read, and why it is all of them where that is so."""
-        whole = [(0, block_count(size))]
+        whole = block_set([(0, block_count(size))])
         if below.base is None:
             return whole, below.reason
         if checkpoint is None or below.base.checkpoint is None:
@@ -256,21 +262,17 @@ class RestorePoint:
         changed = difference.between(
             self._session, history, target, below.base.checkpoint, checkpoint.name, size
         )
-        if not changed.known:
+        if changed.map is None:
             return whole, f"compared as a whole: {changed.reason}"
-        extents = changed.extents()
+        blocks = block_set(blocks_of(changed.map.extents()))
         then = below.layers[0].size
         if then != size:
             # Also where it became smaller: its last block has another length now.
-            last = min(then, size) // BLOCK * BLOCK
-            extents = sorted([*extents, (last, max(0, size - last))])
-        return list(blocks_of(extents)), None
+            blocks.add_range(min(then, size) // BLOCK, block_count(size))
+        return blocks & whole, None
 
-    def _advance(
-        self, target: str, runs: Iterable[tuple[int, int]], size: int
-    ) -> Callable[[int], None]:
-        total = sum(min(first + count, block_count(size)) - first for first, count in runs)
-        total = min(total * BLOCK, size)
+    def _advance(self, target: str, blocks: int, size: int) -> Callable[[int], None]:
+        total = min(blocks * BLOCK, size)
         done = 0
         looked = 0.0
         self.progress(target, 0, total)

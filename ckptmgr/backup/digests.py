@@ -78,6 +78,20 @@ class DigestWriter:
         if len(self._buffer) >= _AT_ONCE:
             self._flush()
 
+    def extend(self, first: int, digests: Sequence[bytes]) -> None:
+        """`add` for consecutive blocks from `first`, all of which are data or all zeroes."""
+        if not any(digests):
+            self.zero(first, len(digests))
+            return
+        run = b"".join(digests)
+        if len(run) != len(digests) * DIGEST_LENGTH:
+            raise ValueError("not all of these are digests")
+        self._pass(first, len(digests))
+        self._data.add_range(first, first + len(digests))
+        self._buffer += run
+        if len(self._buffer) >= _AT_ONCE:
+            self._flush()
+
     def zero(self, first: int, count: int) -> None:
         """The layer holds `count` blocks from `first` as zeroes."""
         if count > 0:

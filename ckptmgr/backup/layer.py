@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import zstandard
 from pyroaring import BitMap64
@@ -30,8 +30,7 @@ _DATA = "data"
 _FRAME = "frame"
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """What becomes of one block.
 
     kind -- same (as below: nothing), zeroes, data, frame (compressed)
@@ -86,8 +85,10 @@ class Layer:
     def prepare(self, chunk: Chunk) -> list[Kept]:
         """See what differs, and compress it."""
         found = chunk.digests()
-        with self._asking:
-            known = [effective(self._lower, chunk.first + index) for index in range(len(found))]
+        known = [ZERO] * len(found)
+        if self._lower:
+            with self._asking:
+                known = [effective(self._lower, chunk.first + index) for index in range(len(found))]
         return [
             self._kept(data, now, before)
             for (_, data), now, before in zip(chunk.blocks(), found, known, strict=True)
@@ -126,8 +127,7 @@ class Layer:
                     data = chunk.data[index * BLOCK : (index + len(run)) * BLOCK]
                     self._image.write(first, data)
                 if kind != _SAME:
-                    for number, kept in enumerate(run, first):
-                        self._digests.add(number, kept.digest)
+                    self._digests.extend(first, [kept.digest for kept in run])
                 index += len(run)
 
     def zero(self, first: int, count: int) -> None:

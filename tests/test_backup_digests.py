@@ -50,6 +50,19 @@ def test_what_was_written_is_found(layer: dict[int, bytes], size: int) -> None:
                     assert found.find(block) == digest(layer[block])
 
 
+def test_a_run_is_written_as_its_blocks_one_by_one_are(tmp_path: Path) -> None:
+    one, run = DigestWriter(tmp_path / "one", 9 * BLOCK), DigestWriter(tmp_path / "run", 9 * BLOCK)
+    for first, found in ((1, [digest(b"a"), digest(b"b")]), (4, [ZERO, ZERO]), (8, [digest(b"c")])):
+        for number, each in enumerate(found, first):
+            one.add(number, each)
+        run.extend(first, found)
+    with pytest.raises(ValueError, match="digests"):
+        run.extend(9, [digest(b"d"), ZERO])
+    one.close()
+    run.close()
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "run").read_bytes()
+
+
 def test_a_layer_larger_than_what_is_read_ahead_is_found_in_any_order(tmp_path: Path) -> None:
     blocks = {block: b"%d" % block for block in range(0, 12000, 2)}
     write_digests(tmp_path / "d", blocks, 12000 * BLOCK)

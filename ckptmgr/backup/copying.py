@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -72,13 +72,14 @@ _made = 0
 _making = threading.Lock()
 
 
-def _buffers(count: int) -> None:
-    """See that the process has `count` buffers."""
+def _another() -> Buffer | None:
+    """A new buffer, unless the process has all that it may have."""
     global _made
     with _making:
-        while _made < count:
-            _free.put(Buffer())
-            _made += 1
+        if _made >= BUFFERS:
+            return None
+        _made += 1
+    return Buffer()
 
 
 @dataclass
@@ -306,12 +307,16 @@ class Source:
 
     def _buffer(self, flying: _Flying, order: _Order[T]) -> Buffer:
         while True:
-            try:
-                return _free.get_nowait() if flying else _free.get(timeout=_POLL)
-            except queue.Empty:
-                order.check()
-                if flying:
-                    self._land(flying, order)
+            with suppress(queue.Empty):
+                return _free.get_nowait()
+            if (new := _another()) is not None:
+                return new
+            if flying:
+                self._land(flying, order)
+            else:
+                with suppress(queue.Empty):
+                    return _free.get(timeout=_POLL)
+            order.check()
 
     def _pause(self, seconds: float, flying: _Flying, order: _Order[T]) -> None:
         if seconds <= 0:
@@ -353,7 +358,6 @@ class _Order(Generic[T]):
         self._thread = threading.Thread(target=self._run, name="ckptmgr-write", daemon=True)
 
     def __enter__(self) -> _Order[T]:
-        _buffers(BUFFERS)
         self._thread.start()
         return self
 

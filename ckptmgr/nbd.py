@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from errno import EACCES, ECONNREFUSED, ECONNRESET, ENOENT, EPERM, EPIPE
 
 import nbd
@@ -67,7 +68,7 @@ def read_dirty_map(
         handle = _connect(server, export, check, appear_timeout)
         try:
             size = handle.get_size()
-            extents = list(_dirty_extents(handle, export, size, answer_timeout))
+            extents = Extents(_dirty_extents(handle, export, size, answer_timeout))
         finally:
             disconnect(handle)
     except nbd.Error as error:
@@ -78,18 +79,31 @@ def read_dirty_map(
     return dirty_map(export.granularity, size, extents)
 
 
-def dirty_map(granularity: int | None, size: int, extents: list[tuple[int, int]]) -> DirtyMap:
+class Extents:
+    """Extents ``(start, length)`` in 16 bytes each, to be gone through again and again."""
+
+    def __init__(self, extents: Iterable[tuple[int, int]]) -> None:
+        self._numbers = array("Q")
+        for extent in extents:
+            self._numbers.extend(extent)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        numbers = iter(self._numbers)
+        return zip(numbers, numbers, strict=True)
+
+
+def dirty_map(granularity: int | None, size: int, extents: Iterable[tuple[int, int]]) -> DirtyMap:
     """The map that says exactly `extents`, ``(start, length)`` in bytes, ascending.
 
+    extents -- gone through twice
     granularity -- of the bitmap, as far as known; a finer one is used where the extents show
         that it cannot be right
     """
-    ends = [start + length for start, length in extents]
     bounds = 0
-    for start, _ in extents:
+    for start, length in extents:
         bounds |= start
-    for end in ends:
-        bounds |= end if end < size else 0
+        if start + length < size:
+            bounds |= start + length
     if granularity is None or bounds & (granularity - 1):
         lowest = bounds & -bounds if bounds else GRANULARITY_DEFAULT
         granularity = max(GRANULARITY_MIN, min(lowest, GRANULARITY_DEFAULT))

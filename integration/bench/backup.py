@@ -29,6 +29,7 @@ from .report import machine as this_machine
 
 PARTS = ("full", "compressed", "increment", "restore", "large")
 MEMORY = Path("/dev/shm")
+DISK = Path("/var/tmp")
 BLOCK = 65536
 LARGE = 1 << 40
 SHARES = (0, 1, 10, 100)
@@ -205,8 +206,7 @@ def full(bench: Bench, place: Path, data: str) -> Iterator[str]:
         costs = bench.in_turns(folder, works)
         machine.destroy()
     aims = [Aim(1.2, ("nbdcopy", "qemu-img convert")), Aim(1 / 3, ("virtnbdbackup",))]
-    where = "in memory" if place == MEMORY else "on disk"
-    yield from _table(f"Full, {data} data, {where}", costs, aims)
+    yield from _table(f"Full, {data} data, {_where(place)}", costs, aims)
 
 
 def compressed(bench: Bench, place: Path) -> Iterator[str]:
@@ -224,7 +224,7 @@ def compressed(bench: Bench, place: Path) -> Iterator[str]:
             )
         costs = bench.in_turns(folder, works)
         machine.destroy()
-    yield from _table("Full, compressible data, compressed, in memory", costs)
+    yield from _table(f"Full, compressible data, compressed, {_where(place)}", costs)
 
 
 def increment(bench: Bench, place: Path, share: int, how: str) -> Iterator[str]:
@@ -254,7 +254,7 @@ def increment(bench: Bench, place: Path, share: int, how: str) -> Iterator[str]:
                 each.destroy()
     order = ("ckptmgr backup", "Domain.backup()", "push backup", "virtnbdbackup")
     medians = {name: median(costs[name]) for name in order if name in costs}
-    title = f"Increment, {share} % changed, {how}, in memory"
+    title = f"Increment, {share} % changed, {how}, {_where(place)}"
     yield from _table(title, medians, [Aim(0.3)] if share == 0 else [])
 
 
@@ -280,8 +280,7 @@ def restore(bench: Bench, place: Path) -> Iterator[str]:
             )
         costs = bench.in_turns(folder, works)
         machine.destroy()
-    where = "in memory" if place == MEMORY else "on disk"
-    yield from _table(f"Restore, {where}", costs, [Aim(1.2, ("qemu-img convert",))])
+    yield from _table(f"Restore, {_where(place)}", costs, [Aim(1.2, ("qemu-img convert",))])
 
 
 def large(bench: Bench, place: Path) -> Iterator[str]:
@@ -298,18 +297,18 @@ Case = Callable[[Bench], Iterator[str]]
 """Measures one case, and gives its table."""
 
 
-def cases(disk: Path) -> Iterator[tuple[str, Case]]:
+def cases(places: Sequence[Path]) -> Iterator[tuple[str, Case]]:
     """All cases, each with the part that it belongs to."""
-    for place in (MEMORY, disk):
+    for place in places:
         for data in ("random", "compressible"):
             yield "full", partial(full, place=place, data=data)
-    yield "compressed", partial(compressed, place=MEMORY)
+    yield "compressed", partial(compressed, place=places[0])
     for share in SHARES:
         for how in ("contiguous", "scattered") if 0 < share < 100 else ("contiguous",):
-            yield "increment", partial(increment, place=MEMORY, share=share, how=how)
-    for place in (MEMORY, disk):
+            yield "increment", partial(increment, place=places[0], share=share, how=how)
+    for place in places:
         yield "restore", partial(restore, place=place)
-    yield "large", partial(large, place=MEMORY)
+    yield "large", partial(large, place=places[0])
 
 
 # --- the whole --------------------------------------------------------------------------------
@@ -321,7 +320,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=2048, help="of the disk, in MiB")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
-    parser.add_argument("--disk", type=Path, default=Path("/var/tmp"))
+    parser.add_argument(
+        "--place",
+        action="append",
+        type=Path,
+        help=f"folder for images and copies; default: {MEMORY} and {DISK}",
+    )
     asked = parser.parse_args(arguments)
     if os.geteuid() == 0:
         private_mounts()
@@ -331,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(Daemon(workspace), asked.size * MIB, asked.rounds)
         if not rivals.has_virtnbdbackup():
             print(f"{rivals.MISSING}\n")
-        for part, case in cases(asked.disk):
+        for part, case in cases(asked.place or (MEMORY, DISK)):
             if asked.part is None or part in asked.part:
                 for line in case(bench):
                     print(line, flush=True)
@@ -346,6 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _folder(place: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=place, prefix="ckptmgr-bench-") as name:
         yield Path(name)
+
+
+def _where(place: Path) -> str:
+    return "in memory" if place == MEMORY else f"in {place}"
 
 
 def _table(title: str, costs: Mapping[str, Cost], aims: Sequence[Aim] = ()) -> Iterator[str]:

@@ -106,11 +106,14 @@ def plan_define(connection: Connection, kept: Kept, request: Request, name: str)
     """What define() would do; nothing is touched."""
     prepared = _prepared(connection, kept, settled(request), name)
     check(kept.lineage, kept.points, kept.manifest, prepared.places)
+    copies = dict(prepared.files)
+    if "tpm" in copies and (state := _tpm(connection, prepared)) is not None:
+        copies["tpm"] = state
     return Plan(
         EngineName.OFFLINE,
         (
             *(Direct(str(each)) for each in prepared.places),
-            *(Direct(f"copy {role} to {path}") for role, path in prepared.files.items()),
+            *(Direct(f"copy {role} to {path}") for role, path in copies.items()),
             Direct(f"libvirt: define domain {name}"),
             Direct(f"make checkpoint {kept.manifest.name}, from which its history goes on"),
         ),

@@ -59,6 +59,7 @@ class Kept:
         *,
         full: Iterable[str] = (),
         again: Iterable[int] = (),
+        edges: bool = True,
         created: int | None = None,
         compress: bool = False,
         uuid: str = UUID,
@@ -67,6 +68,8 @@ class Kept:
 
         full -- disks that are no increments
         again -- blocks that the increments hold though they have not changed
+        edges -- hold the last block of a disk where its length is another one than the base's, as
+                 `backup` does; else a larger image below may have more of it than is seen
         """
         points = self.lineage.load().points
         with self.lineage.lock(0):
@@ -77,7 +80,9 @@ class Kept:
                 base = next((each for each in line if target in self.contents[each]), None)
                 if target in full:
                     base = None
-                disks.append(self._disk(draft.folder, target, content, base, set(again), compress))
+                disks.append(
+                    self._disk(draft.folder, target, content, base, set(again), edges, compress)
+                )
             files = (draft.write("domain", "domain.xml", b"<domain type='kvm'/>"),)
             made = Manifest(
                 id=hashlib.md5(name.encode()).hexdigest(),
@@ -103,6 +108,7 @@ class Kept:
         content: bytes,
         base: str | None,
         again: set[int],
+        edges: bool,
         compress: bool,
     ) -> PointDisk:
         size = len(content)
@@ -115,8 +121,7 @@ class Kept:
         compressor = zstandard.ZstdCompressor(level=1)
         for block in range(block_count(size)):
             data = block_of(content, block)
-            # The last block of a disk is held where its length is another one than the base's.
-            cut = len(data) != len(block_of(before, block))
+            cut = edges and len(data) != len(block_of(before, block))
             if data == block_of(below, block) and block not in again and not (cut and any(data)):
                 continue
             if not any(data):

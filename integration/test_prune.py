@@ -30,7 +30,7 @@ from ckptmgr.cli import main
 from ckptmgr.errors import RepositoryDamaged, RepositoryFailed
 from ckptmgr.store import files
 
-from .kept_points import Kept, changed, checked, noise, shown
+from .kept_points import Kept, changed, checked, noise, seen, shown
 
 SIZE = 12 * BLOCK
 MIB = 1 << 20
@@ -142,6 +142,39 @@ def test_any_tree_of_any_sizes_keeps_its_bytes_whatever_goes(
     kept.require()
     require_tidy(kept)
     shutil.rmtree(kept.repository)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_what_a_smaller_image_hid_stays_hidden(tmp_path: Path, compress: bool) -> None:
+    """The disk shrank into the middle of a block, and grew; no image holds that block anew."""
+    kept = Kept.at(tmp_path / "repo")
+    content = random.Random(8).randbytes(8 * BLOCK)
+    more: dict[str, Any] = {"edges": False, "compress": compress}
+    kept.add("mo", None, {"vda": content}, **more)
+    content = content[: 3 * BLOCK] + b"tuesday " * (BLOCK // 8) + content[4 * BLOCK :]
+    kept.add("tu", "mo", {"vda": content}, **more)
+    short = content[: 3 * BLOCK + 512]
+    kept.add("we", "tu", {"vda": short}, **more)
+    kept.add("th", "we", {"vda": seen(short, 7 * BLOCK)}, **more)
+    kept.add("fr", "we", {"vda": seen(short, 3 * BLOCK + 1024)}, **more)
+
+    def require_shown(*names: str) -> None:
+        assert set(kept.lineage.load().points.manifests) == set(names)
+        for name in names:
+            assert shown(points_path(kept, name, "vda")) == kept.contents[name]["vda"]
+
+    require_shown("mo", "tu", "we", "th", "fr")
+    copy = tmp_path / "copy"
+    shutil.copytree(kept.repository, copy)
+    let_go(kept, "we")  # tu, on which it stood, still has all of that block
+    require_shown("mo", "tu", "th", "fr")
+    let_go(kept, "tu")
+    kept.require({"mo", "th", "fr"})
+    require_tidy(kept)
+    kept = Kept(Repository(copy).lineage(kept.lineage.key), kept.contents)
+    let_go(kept, "we", "tu")  # both at once
+    kept.require({"mo", "th", "fr"})
+    require_tidy(kept)
 
 
 # --- interruptions -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ that damage stops the merge and is never handed on as sound.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +17,7 @@ from pyroaring import AbstractBitMap64, BitMap64
 
 from ..errors import OperationFailed, RepositoryDamaged
 from .block import BLOCK, ZERO, block_count, block_length, digest
-from .copying import Source, read_blocks
+from .copying import Chunk, Source
 from .digests import Digests, DigestWriter, held, runs
 from .failure import failing
 from .qcow2 import Qcow2Writer
@@ -98,6 +99,87 @@ class Layer:
     source: Source
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block as the merged layer holds it.
+
+    frame -- its data, compressed; None: `data` has it as it is
+    """
+
+    digest: bytes
+    data: bytes = b""
+    frame: bytes | None = None
+
+    @property
+    def kind(self) -> str:
+        """How the image is to hold it."""
+        if self.digest == ZERO:
+            return "zero"
+        return "data" if self.frame is None else "frame"
+
+
+class _Taking:
+    """A `Reader` that takes blocks of a layer, each compared with its digest.
+
+    size -- of the merged disk, visible -- bytes of it that are seen of the layer
+    """
+
+    def __init__(self, layer: Layer, size: int, visible: int, *, compress: bool) -> None:
+        self.found: dict[int, Block] = {}
+        self._layer = layer
+        self._size = size
+        self._visible = visible
+        self._compress = compress
+        self._local = threading.local()
+
+    def prepare(self, chunk: Chunk) -> list[Block]:
+        """The blocks of a chunk, with the digests of what was read; by several threads."""
+        return [
+            self._block(number, told, data)
+            for told, (number, data) in zip(chunk.digests(), chunk.blocks(), strict=True)
+        ]
+
+    def take(self, chunk: Chunk, prepared: list[Block]) -> None:
+        """Compare them, in order, and make them fit."""
+        for number, block in enumerate(prepared, chunk.first):
+            if block.digest == ZERO or block.digest != self._layer.digests.find(number):
+                raise _changed(self._layer, number)
+            self.found[number] = self._fitted(number, block)
+
+    def zero(self, first: int, count: int) -> None:
+        """There should have been data."""
+        raise _changed(self._layer, first)
+
+    def _block(self, number: int, told: bytes, data: memoryview) -> Block:
+        whole = len(data) == BLOCK == min(self._length(number), self._seen(number))
+        if self._compress and whole and told != ZERO:
+            frame = self._compressor.compress(data)
+            if len(frame) < BLOCK:
+                return Block(told, frame=frame)
+        return Block(told, bytes(data))
+
+    @property
+    def _compressor(self) -> zstandard.ZstdCompressor:
+        found: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
+        if found is None:  # one a thread: they keep a state
+            found = self._local.compressor = zstandard.ZstdCompressor(level=LEVEL)
+        return found
+
+    def _fitted(self, number: int, block: Block) -> Block:
+        """A block as long as the merged disk has it, with nothing of what was hidden."""
+        length, seen = self._length(number), self._seen(number)
+        if block.frame is not None or len(block.data) == length <= seen:
+            return block
+        data = block.data[: min(seen, length)].ljust(length, b"\0")
+        return Block(digest(data), data) if any(data) else Block(ZERO)
+
+    def _length(self, number: int) -> int:
+        return block_length(self._size, number)
+
+    def _seen(self, number: int) -> int:
+        return block_length(self._visible, number)
+
+
 class MergedWriter:
     """Writes the image and the digests of a merge; whole and durable after `close`.
 
@@ -112,7 +194,7 @@ class MergedWriter:
     ) -> None:
         self._path = image
         self._size = size
-        self._compressor = zstandard.ZstdCompressor(level=LEVEL) if compress else None
+        self._compress = compress
         with failing(image, "cannot be written"):
             self._image = Qcow2Writer(image, size, backing=backing, compressed=compress)
         try:
@@ -127,13 +209,13 @@ class MergedWriter:
         for take in merge.takes:
             everything |= take.data
         for window in _windows(everything):
-            found: dict[int, tuple[bytes, bytes]] = {}
+            found: dict[int, Block] = {}
             for take in merge.takes:
                 blocks = take.data & window
                 if blocks:
                     found |= self._read(layers[take.index], blocks, take.visible)
             for first, count in runs(merge.zero & window):
-                found |= dict.fromkeys(range(first, first + count), (ZERO, b""))
+                found |= dict.fromkeys(range(first, first + count), Block(ZERO))
             self._append(found)
 
     def close(self) -> int:
@@ -149,73 +231,36 @@ class MergedWriter:
         self._path.unlink(missing_ok=True)
         self._digests.abandon()
 
-    def _read(
-        self, layer: Layer, blocks: AbstractBitMap64, visible: int
-    ) -> dict[int, tuple[bytes, bytes]]:
-        """Digest and content of blocks of a layer, as the merged one holds them."""
-        found: dict[int, tuple[bytes, bytes]] = {}
-
-        def consume(first: int, data: memoryview, digests: Sequence[bytes]) -> None:
-            for index, told in enumerate(digests):
-                number = first + index
-                if told == ZERO or told != layer.digests.find(number):
-                    raise _changed(layer, number)
-                content = bytes(data[index * BLOCK : (index + 1) * BLOCK])
-                found[number] = self._fitted(number, told, content, visible)
-
-        def zero(first: int, count: int) -> None:
-            raise _changed(layer, first)
-
+    def _read(self, layer: Layer, blocks: AbstractBitMap64, visible: int) -> dict[int, Block]:
+        """Blocks of a layer, as the merged one holds them."""
+        taking = _Taking(layer, self._size, visible, compress=self._compress)
         try:
-            read_blocks(layer.source, runs(blocks), consume, zero)
+            layer.source.read(runs(blocks), taking)
         except OperationFailed as error:
             raise unreadable(layer.what, error) from error
-        if len(found) != len(blocks):
+        if len(taking.found) != len(blocks):
             raise RepositoryDamaged(f"{layer.what} is smaller than its manifest says")
-        return found
+        return taking.found
 
-    def _fitted(self, number: int, told: bytes, data: bytes, visible: int) -> tuple[bytes, bytes]:
-        """A block as long as the merged disk has it, with nothing of what was hidden."""
-        length = block_length(self._size, number)
-        seen = block_length(visible, number)
-        if len(data) == length <= seen:
-            return told, data
-        data = data[: min(seen, length)].ljust(length, b"\0")
-        return (digest(data), data) if any(data) else (ZERO, b"")
-
-    def _append(self, found: dict[int, tuple[bytes, bytes]]) -> None:
-        """Write consecutive blocks, each as its digest and content."""
-        frames = {} if self._compressor is None else self._frames(found)
+    def _append(self, found: dict[int, Block]) -> None:
+        """Write blocks in the order of the disk."""
         order = sorted(found)
-        kinds = {
-            number: "zero" if found[number][0] == ZERO else "frame" if number in frames else "data"
-            for number in order
-        }
         with failing(self._path, "cannot be written"):
             for (kind, _), group in groupby(
-                enumerate(order), key=lambda each: (kinds[each[1]], each[1] - each[0])
+                enumerate(order), key=lambda each: (found[each[1]].kind, each[1] - each[0])
             ):
                 numbers = [number for _, number in group]
                 first = numbers[0]
                 if kind == "zero":
                     self._image.zero(first, len(numbers))
                 elif kind == "frame":
-                    self._image.write_compressed(first, [frames[number] for number in numbers])
+                    frames = [found[number].frame or b"" for number in numbers]
+                    self._image.write_compressed(first, frames)
                 else:
-                    data = b"".join(found[number][1] for number in numbers)
+                    data = b"".join(found[number].data for number in numbers)
                     self._image.write(first, memoryview(data))
         for number in order:
-            self._digests.add(number, found[number][0])
-
-    def _frames(self, found: dict[int, tuple[bytes, bytes]]) -> dict[int, bytes]:
-        """The blocks that get smaller, compressed."""
-        frames = {}
-        for number, (_, data) in found.items():
-            if len(data) == BLOCK and self._compressor is not None:
-                frame = self._compressor.compress(data)
-                if len(frame) < BLOCK:
-                    frames[number] = frame
-        return frames
+            self._digests.add(number, found[number].digest)
 
 
 def _windows(blocks: AbstractBitMap64) -> Iterator[BitMap64]:

@@ -7,7 +7,8 @@
 #
 # The folder, ~/.cache/ckptmgr/nested/<key of the inputs>, holds host.qcow2 and its vmlinuz and
 # initrd.  As root (or with sudo), a few minutes, and network; no loop device, no mounts outside.
-# The same archive gives the same bytes: SOURCE_DATE_EPOCH is the last change's time.
+# Nothing in it depends on when and where it is built, as far as we know: times are SOURCE_DATE_EPOCH,
+# by default that of the last change, and identifiers are fixed, or made when it boots first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -463,7 +463,6 @@ def test_what_a_domain_wrote_before_it_was_settled_is_never_taken_for_unchanged(
 
 
 @pytest.mark.not_on_stacks("what is mounted here is not mounted there")
-@pytest.mark.not_on_stacks("they do not see what is mounted later")
 def test_in_place_on_a_full_file_system_keeps_the_images(
     make_vm: MakeMachine, tmp_path: Path
 ) -> None:

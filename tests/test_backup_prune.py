@@ -135,6 +135,20 @@ def test_each_domain_is_counted_by_itself_and_keeps_its_newest() -> None:
     assert staying(WEEK, "test", Retention(last=1), utc) == {"x": ("newest", "last")}
 
 
+def test_the_newest_point_of_a_disk_that_later_ones_left_out_stays() -> None:
+    some = points(
+        manifest("a", disks=(point_disk("vda"), point_disk("vdb"), point_disk("vdc"))),
+        manifest("b", created=NOON + 1, disks=(point_disk("vda"), point_disk("vdb"))),
+        manifest("c", created=NOON + 2, disks=(point_disk("vda"),)),
+        manifest("d", created=NOON + 3, disks=(point_disk("vda"),)),
+    )
+    assert staying(some, None, Retention(last=1), utc) == {
+        "a": ("newest of vdc",),
+        "b": ("newest of vdb",),
+        "d": ("newest", "last"),
+    }
+
+
 def test_broken_points_stay_and_do_not_count() -> None:
     left = WEEK.only({"mo", "tu", "th", "fr"})
     found = staying(left, None, Retention(last=1), utc)

@@ -272,7 +272,11 @@ def _warn(view: PruneView, retention: Retention) -> None:
     for damage in view.damaged:
         log.warning("%s", damage.message)
     for point in view.points:
-        special = [each for each in point.reasons if each not in (NEWEST, *retention.rules())]
+        special = [
+            each
+            for each in point.reasons
+            if each not in retention.rules() and not each.startswith(NEWEST)
+        ]
         if special:
             log.warning("restore point %s stays: %s", point.name, "; ".join(special))
 

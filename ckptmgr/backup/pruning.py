@@ -14,7 +14,7 @@ from datetime import datetime
 
 from .manifest import FULL, INCREMENTAL, Manifest, PointDisk
 from .points import Points
-from .retention import Retention, kept, local
+from .retention import NEWEST, Retention, kept, local
 
 MERGED = "what it stood on was pruned"
 """Why a disk is full that once was not."""
@@ -44,6 +44,11 @@ def staying(
             else:
                 whole.append((name, points.get(name).created))
         reasons |= kept(whole, retention, clock)
+        # A point need not have all disks: of each disk, the newest there is stays too.
+        newest = {disk.name: name for name, _ in whole for disk in points.get(name).disks}
+        for disk, name in newest.items():
+            if NEWEST not in reasons.get(name, ()):
+                reasons[name] = (*reasons.get(name, ()), f"{NEWEST} of {disk}")
     chosen = set(points.manifests if domain is None else points.of(domain))
     return {name: reasons[name] for name in points.by_time() if name in reasons and name in chosen}
 

@@ -86,6 +86,7 @@ def assert_covered(
             assert same or told[at], (disk.name, at)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("disks", [(), ("vda",)], ids=["all disks", "one disk"])
 def test_killed_at_any_step_it_is_settled_by_what_is_there(
     daemon: Daemon,

@@ -50,10 +50,7 @@ MakeMachine = Callable[..., Machine]
 
 # Written, and not yet seen to pass whole: they run when they are named on pytest's command line
 # with --unproven, and belong to the issues that are still open.
-UNPROVEN = (
-    "test_snapshots.py",
-    "test_store_faults.py",
-)
+UNPROVEN = ("test_store_faults.py",)
 
 # The same, on libvirts of other releases.
 UNPROVEN_ON_STACKS = (

@@ -264,14 +264,16 @@ class Source:
         *,
         rate: Rate | None = None,
         progress: Callable[[int], None] = lambda length: None,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
         """Read the blocks in `runs`; those beyond the end of the disk are not there.
 
         progress -- called with the bytes that were done since the last call
+        watch -- called several times a second, also while there is nothing to do; may raise
 
         Raises OperationFailed for what the server does, and whatever `reader` raises.
         """
-        with self._failing(), _flying() as flying, _Order(reader, progress) as order:
+        with self._failing(), _flying() as flying, _Order(reader, progress, watch) as order:
             for zero, first, count in self._pieces(runs):
                 if zero:
                     flying.append(_Zero(first, count, self.size))
@@ -294,6 +296,7 @@ class Source:
             flying.popleft()
             order.put(oldest)
             return
+        order.check()
         deadline = time.monotonic() + nbd_client.ANSWER_TIMEOUT
         while not self._handle.aio_command_completed(oldest.cookie):
             order.check()
@@ -349,9 +352,12 @@ def _spans(runs: Runs) -> Iterator[list[tuple[int, int]]]:
 class _Order(Generic[T]):
     """Hands chunks to a reader: `prepare` side by side, the rest in the order they came in."""
 
-    def __init__(self, reader: Reader[T], progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, reader: Reader[T], progress: Callable[[int], None], watch: Callable[[], None]
+    ) -> None:
         self._reader = reader
         self._progress = progress
+        self._watch = watch
         self._queue: queue.SimpleQueue[tuple[Chunk, Future[T]] | _Zero | None] = queue.SimpleQueue()
         self._failed: BaseException | None = None
         self._workers = ThreadPoolExecutor(WORKERS, "ckptmgr-digest")
@@ -367,13 +373,14 @@ class _Order(Generic[T]):
         self._queue.put(None)
         self._thread.join()
         self._workers.shutdown()
-        if kind is None:
-            self.check()
+        if kind is None and self._failed is not None:
+            raise self._failed
 
     def check(self) -> None:
-        """Raise what the reader has raised."""
+        """Raise what the reader has raised, or `watch` raises."""
         if self._failed is not None:
             raise self._failed
+        self._watch()
 
     def put(self, found: Chunk | _Zero) -> None:
         """Hand on what was read."""

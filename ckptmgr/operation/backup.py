@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ..align import find_disk, untrackable
 from ..backup.base import disk_base, find_base
@@ -43,6 +44,7 @@ from ..plan.steps import Direct, Plan
 from ..store import Loaded
 from . import creation
 from .creation import Served
+from .pausing import while_standing
 from .point import Progress, Request, RestorePoint
 from .session import Session
 
@@ -54,6 +56,7 @@ def backup(session: Session, request: Request, progress: Progress) -> tuple[Line
     session.require_writable()
     if request.name is not None:
         check_name(request.name)
+    _check_instant(request)
     targets = _targets(session, request)
     repository = Repository(request.repository)
     repository.make()
@@ -68,6 +71,7 @@ def backup(session: Session, request: Request, progress: Progress) -> tuple[Line
 def plan_backup(session: Session, request: Request) -> Plan:
     """What backup() would do; nothing is touched, not even a lock."""
     session.require_writable()
+    _check_instant(request)
     targets = _targets(session, request)
     repository = Repository(request.repository)
     loaded = session.loaded()
@@ -95,6 +99,14 @@ def plan_backup(session: Session, request: Request) -> Plan:
 
 
 # --- what is asked for -------------------------------------------------------------------------
+
+
+def _check_instant(request: Request) -> None:
+    if request.pause and request.quiesce:
+        raise InvalidRequest(
+            "a guest that stands still cannot freeze its file systems",
+            hint="give one of --pause and --quiesce",
+        )
 
 
 def _targets(session: Session, request: Request) -> tuple[str, ...]:
@@ -166,32 +178,42 @@ def _make(session: Session, loaded: Loaded, point: RestorePoint) -> None:
     quiesce = point.request.quiesce
     auto = quiesce is None
     if quiesce is None:
-        quiesce = session.active and session.adapter.has_agent()
-    if not _tracked(session):
+        # A guest that stands still could not answer.
+        quiesce = session.active and not point.pause and session.adapter.has_agent()
+    tracked = _tracked(session)
+    if not tracked:
         log.warning(
             "no disk of domain %s can keep a bitmap, so every backup reads all of them",
             session.adapter.name,
         )
-        _without_checkpoint(session, point, quiesce=quiesce)
-        return
-    asked = creation.Request(point.name, None, (), quiesce)
+    make = _with_checkpoint if tracked else _without_checkpoint
     try:
-        creation.create_under_lock(session, loaded, asked, point)
+        make(session, loaded, point, quiesce=quiesce)
     except GuestAgentFailed as error:
         if not (auto and quiesce):
             raise
         log.warning("the guest's file systems are not frozen for this backup: %s", error)
-        creation.create_under_lock(
-            session.renewed(), session.loaded(), replace(asked, quiesce=False), point
-        )
+        make(session.renewed(), session.loaded(), point, quiesce=False)
 
 
-def _without_checkpoint(session: Session, point: RestorePoint, *, quiesce: bool) -> None:
+def _with_checkpoint(
+    session: Session, loaded: Loaded, point: RestorePoint, *, quiesce: bool
+) -> None:
+    asked = creation.Request(point.name, None, (), quiesce)
+    creation.create_under_lock(session, loaded, asked, point)
+
+
+def _without_checkpoint(
+    session: Session, loaded: Loaded, point: RestorePoint, *, quiesce: bool
+) -> None:
     with session.workspace():
         plan = _serving(session, point.targets, quiesce=quiesce)
         engine = session.engine(plan.engine)
         try:
-            outcome = engine.run(plan.steps)
+            if point.pause:
+                outcome = while_standing(session, loaded, partial(engine.run, plan.steps))[0]
+            else:
+                outcome = engine.run(plan.steps)
             point.copy(session.history(), None, outcome.served)
             engine.run(plan.finish)
             point.commit()

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from ..align import AlignedDisk, DiskRequest, align_disks
@@ -14,7 +15,6 @@ from ..dirtymap import DirtyMap
 from ..document import format_libvirt, format_request
 from ..domain.disk import Disk, DiskLayers
 from ..domain.known import is_known, known_names, known_time
-from ..domain.power import is_running
 from ..errors import BitmapBroken, CheckpointExists, CkptmgrError, InvalidRequest
 from ..history import History
 from ..plan import planner
@@ -26,7 +26,7 @@ from ..trust import doubt
 from ..views import CheckpointView
 from . import archive, projection
 from .listing import view
-from .pausing import go_on, stand_still
+from .pausing import while_standing
 from .session import Session, Workspace
 
 log = logging.getLogger("ckptmgr")
@@ -288,12 +288,9 @@ def _attempt(
     engine.run([step for step in plan.steps if isinstance(step, ImagesCheck)])
     session.store.write_intent(intent(session, creation))
     try:
-        if copying is not None and copying.pause and is_running(session.adapter):
-            loaded = stand_still(session, loaded)
-            try:
-                outcome = engine.run(plan.steps)
-            finally:
-                loaded = go_on(session, loaded)
+        if copying is not None and copying.pause:
+            run = partial(engine.run, plan.steps)
+            outcome, loaded = while_standing(session, loaded, run)
         else:
             outcome = engine.run(plan.steps)
         if plan.engine is EngineName.LIBVIRT:

@@ -7,13 +7,29 @@ meanwhile, the next command lets it go on.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
-from ..domain.power import pause, resume, standstill
+from ..domain.power import is_running, pause, resume, standstill
 from ..store import Loaded
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
+
+T = TypeVar("T")
+
+
+def while_standing(session: Session, loaded: Loaded, act: Callable[[], T]) -> tuple[T, Loaded]:
+    """What `act` returns, called while the domain stands still, and the store after that."""
+    if not is_running(session.adapter):
+        return act(), loaded
+    loaded = stand_still(session, loaded)
+    try:
+        done = act()
+    finally:
+        loaded = go_on(session, loaded)
+    return done, loaded
 
 
 def stand_still(session: Session, loaded: Loaded) -> Loaded:

@@ -45,7 +45,7 @@ SCRATCH_RESERVE = 128 << 20
 """Bytes that must stay free where QEMU keeps what the guest overwrites while it is read: without
 room there, QEMU would fail the guest's own write."""
 
-_SCRATCH_INTERVAL = 0.5
+_SCRATCH_INTERVAL = 0.25
 
 _FILES = {
     "nvram": "nvram.fd",
@@ -107,6 +107,7 @@ class RestorePoint:
         self._draft = draft
         self._points: Points = lineage.load().points
         self._rate = Rate(request.limit)
+        self._looked = 0.0
         self._base: Base | None = find_base(
             history, session.adapter.uuid, {lineage.key: self._points}
         )
@@ -184,6 +185,7 @@ class RestorePoint:
                     layer,
                     rate=self._rate,
                     progress=self._advance(target, len(blocks), source.size),
+                    watch=self._look_at_scratch,
                 )
                 size = layer.close()
             except BaseException:
@@ -274,22 +276,21 @@ class RestorePoint:
     def _advance(self, target: str, blocks: int, size: int) -> Callable[[int], None]:
         total = min(blocks * BLOCK, size)
         done = 0
-        looked = 0.0
         self.progress(target, 0, total)
 
         def advance(length: int) -> None:
-            nonlocal done, looked
+            nonlocal done
             done += length
             self.progress(target, done, total)
-            now = time.monotonic()
-            if now - looked > _SCRATCH_INTERVAL:
-                looked = now
-                self._look_at_scratch()
 
         return advance
 
     def _look_at_scratch(self) -> None:
         """Raises OperationFailed before QEMU has no room for what the guest overwrites."""
+        now = time.monotonic()
+        if now - self._looked < _SCRATCH_INTERVAL:
+            return
+        self._looked = now
         folder = self._session.place().folder
         if folder is None or self._session.choice.engine is EngineName.OFFLINE:
             return
@@ -297,11 +298,14 @@ class RestorePoint:
             found = os.statvfs(folder)
         except OSError:
             return  # the domain ended; the reading will say so
-        if found.f_bavail * found.f_frsize < SCRATCH_RESERVE:
+        # No more than all of the disks can be overwritten.
+        disks = sum(find_disk(self._session.disks, name).size or 0 for name in self.targets)
+        reserve = min(SCRATCH_RESERVE, disks or SCRATCH_RESERVE)
+        if found.f_bavail * found.f_frsize < reserve:
             raise OperationFailed(
                 f"{folder}, where QEMU keeps what the guest overwrites while domain "
                 f"{self._session.adapter.name!r} is backed up, has less than "
-                f"{SCRATCH_RESERVE >> 20} MiB left",
+                f"{max(1, reserve >> 20)} MiB left",
                 hint="free some space there, or set socket_directory in ckptmgr.toml",
             )
 

@@ -216,12 +216,15 @@ class Scene:
         if victim is Victim.LIBVIRTD:
             pids["libvirtd"] = self.daemon.pid
         parts = {**vars(task), "victim": victim.value, "point": point}
+        before = set(_orphans())
         outcome = self.warm.run(Task(**{**parts, "pids": pids, "steps_only": steps_only}))
         # QEMU lets go of its images at its very end, after its monitor; a qemu-img that was begun
         # goes on to its end, whoever is killed.
         _await(lambda: not any(map(_runs, pids.values())), "who was killed has not ended")
         if self.shape.engine is EngineName.OFFLINE:
-            _await(lambda: not _orphans(), "a killed process left others running")
+            # Now, for the other lane begins programs as well.
+            left = set(_orphans()) - before
+            _await(lambda: not any(map(_runs, left)), "a killed process left others running")
         return outcome
 
     def restart(self, victim: Victim) -> None:

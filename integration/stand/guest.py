@@ -72,7 +72,9 @@ put() {
 churn() {
     n=0
     while [ ! -e /stop ] && [ $n -lt $3 ]; do
-        put $1 $((n * $2)) 4096 $(printf %o $((n % 255 + 1))) || break
+        for disk in $(echo $1 | tr , ' '); do
+            put $disk $((n * $2)) 4096 $(printf %o $((n % 255 + 1))) || break 2
+        done
         echo at $n
         n=$((n + 1))
     done
@@ -296,6 +298,7 @@ class Shell:
     def churn(self, target: str, step: int, count: int) -> None:
         """Let the guest write 4 KiB at 0, `step`, 2 `step`, ..., each with fsync, meanwhile.
 
+        target -- of several disks, ``vda,vdb``, each gets a write before the first has the next
         The write number n is in ``churned`` once it is on the disk.
         """
         self.churned.clear()

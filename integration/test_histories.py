@@ -254,6 +254,9 @@ class Histories(RuleBasedStateMachine):
             return
         name = _pick(usable, choice)
         if what == "revert":
+            moved = self.branches.snapshots[name].images != self.machine.images
+            if moved and self.machine.active and self.run.stand.kind == "debian11":
+                self.machine.stop()  # libvirt 7.0 would load it into the QEMU that runs
             self.branches.revert(name, run=run)
         elif what == "libvirt's revert":
             self.revert_behind_our_back(name)

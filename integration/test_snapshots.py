@@ -800,6 +800,12 @@ def test_a_revert_from_an_overlay_to_a_snapshot_in_its_base(scene: Branches) -> 
     scene.scatter(6)
     scene.create("c3")
     scene.scatter(7)
+    if scene.machine.stand.handle.getLibVersion() < 8_000_000:
+        # it would load the snapshot into the QEMU that runs, which has other images
+        with unchanged(scene.machine, scene.store), pytest.raises(Unsupported) as caught:
+            scene.domain.revert_snapshot("s1")
+        assert "stop the domain" in str(caught.value.hint)
+        scene.machine.stop()
     scene.revert("s1")
     scene.scatter(8)
     sound(scene)

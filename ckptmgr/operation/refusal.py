@@ -11,7 +11,7 @@ from ..domain.disk import DiskLayers
 from ..domain.images import internal_snapshots, read_chain
 from ..domain.job import backup_job, block_jobs
 from ..domain.known import known_names
-from ..domain.snapshots import reverts_external
+from ..domain.snapshots import reverts_external, reverts_in_place
 from ..errors import Busy, InvalidRequest, Unsupported
 from ..snapshot import Kind, Snapshot
 from ..store import Loaded
@@ -32,6 +32,7 @@ def refuse(session: Session, loaded: Loaded, snapshot: Snapshot) -> None:
     for image in returning.returning(session, snapshot):
         returning.refuse(session, loaded.history, image)
     if session.active:
+        _in_place(session, snapshot)
         _jobs(session)
     ours = frozenset(loaded.history.checkpoints)
     strangers = set(known_names(session.adapter)) - ours if session.tells_libvirt else ()
@@ -131,6 +132,24 @@ def _below(session: Session, loaded: Loaded, snapshot: Snapshot) -> None:
                     f"what the snapshot held of {image.target} is not there any more",
                     hint="delete the snapshot",
                 )
+
+
+def _in_place(session: Session, snapshot: Snapshot) -> None:
+    """A libvirt that loads snapshots into the QEMU that runs has just the disks of then there."""
+    if not reverts_in_place(session.adapter):
+        return
+    then = {image.target: image.path for image in snapshot.images}
+    now = {
+        disk.target: disk.top.source for disk in session.disks if not (disk.empty or disk.read_only)
+    }
+    for target in sorted(now):
+        if now[target] != then.get(target):
+            raise Unsupported(
+                f"disk {target} of domain {session.adapter.name!r} was "
+                f"{then.get(target, 'not there')} when snapshot {snapshot.name!r} was taken and is "
+                f"{now[target]} now, and this libvirt loads snapshots into the QEMU that runs",
+                hint="stop the domain first, and then revert",
+            )
 
 
 def _jobs(session: Session) -> None:

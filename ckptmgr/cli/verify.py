@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @kept_domain_argument(required=False)
 @point_argument(required=False)
 def verify(repository: Path, domain: str | None, point: str | None) -> Answer:
-    """Read everything in a repository and compare it with its digests.
+    """Compare a repository with its digests, all of it.
 
     Names what is damaged and all points that cannot be trusted therefore; the exit status is then
     4. With POINT, that point and what it stands on. Changes nothing.

@@ -7,7 +7,7 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 
 from ckptmgr.backup.block import BLOCK, ZERO, block_count, digest
 from ckptmgr.backup.copying import Source, read_blocks
+from ckptmgr.backup.digests import Digests, DigestWriter
+from ckptmgr.backup.images import ImageFile, read_images
 from ckptmgr.backup.qcow2 import Qcow2Writer
+from ckptmgr.errors import RepositoryDamaged
 
 SLOW = settings(
     max_examples=25,
@@ -48,6 +51,7 @@ def content(kind: str, seed: int) -> bytes:
 def write(path: Path, size: int, planned: list[Step], disk: bytearray, backing: str | None) -> None:
     """Write an image as planned, and the same to `disk`."""
     writer = Qcow2Writer(path, size, backing=backing, compressed=True)
+    digests = DigestWriter(path.with_suffix(".digests"), size)
     compressor = zstandard.ZstdCompressor(level=1)
     block = 0
     for kind, gap, count in planned:
@@ -60,6 +64,12 @@ def write(path: Path, size: int, planned: list[Step], disk: bytearray, backing: 
         blocks = [content(kind, number) for number in range(first, first + count)]
         data = bytes(end - start) if kind == "zero" else b"".join(blocks)[: end - start]
         disk[start:end] = data
+        for number in range(first, first + count):
+            held = bytes(disk[number * BLOCK : min((number + 1) * BLOCK, size)])
+            if any(held):
+                digests.add(number, digest(held))
+            else:
+                digests.zero(number, 1)
         if kind == "zero":
             writer.zero(first, count)
         elif kind == "text" and end - start == count * BLOCK:
@@ -67,6 +77,7 @@ def write(path: Path, size: int, planned: list[Step], disk: bytearray, backing: 
         else:
             writer.write(first, memoryview(data))
     assert writer.close() == path.stat().st_size
+    digests.close()
 
 
 def seen(path: Path) -> bytes:
@@ -96,6 +107,53 @@ def test_qemu_reads_what_was_written(
     assert seen(folder / "below/vda.qcow2") == disk
     write(folder / "above/vda.qcow2", size, above, disk, "../below/vda.qcow2")
     assert seen(folder / "above/vda.qcow2") == disk
+    assert read_as_files(folder, "above/vda", "below/vda") == disk
+
+
+def read_as_files(folder: Path, *names: str) -> bytes:
+    """The disk in a chain of images, read without QEMU and compared with the digests."""
+    with contextlib.ExitStack() as stack:
+        digests = [stack.enter_context(Digests(folder / f"{name}.digests")) for name in names]
+        images = [
+            stack.enter_context(ImageFile(folder / f"{name}.qcow2", each.size))
+            for name, each in zip(names, digests, strict=True)
+        ]
+        disk = bytearray(images[0].size)
+
+        def consume(first: int, data: memoryview, found: Sequence[bytes], layer: int) -> None:
+            if list(found) != digests[layer].of(first, len(found)):
+                raise RepositoryDamaged("a block is not what it was")
+            disk[first * BLOCK : first * BLOCK + len(data)] = data
+
+        read_images(images, digests, consume)
+        return bytes(disk)
+
+
+@SLOW
+@given(
+    planned=steps.filter(bool),
+    damage=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=40),
+    cut=st.none() | st.floats(0, 1),
+)
+def test_a_damaged_image_is_never_read_as_another_disk(
+    planned: list[Step],
+    damage: list[tuple[float, int]],
+    cut: float | None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    size = 500 * BLOCK - 512
+    disk = bytearray(size)
+    write(folder / "vda.qcow2", size, planned, disk, None)
+    path = folder / "vda.qcow2"
+    content = bytearray(path.read_bytes())
+    for place, bits in damage:
+        # Mostly where the tables are: at the end, and in the header.
+        at = int(place * 200) if place < 0.3 else int(len(content) * place**0.1) % len(content)
+        content[at] ^= bits
+    path.write_bytes(content if cut is None else content[: int(cut * len(content))])
+    with contextlib.suppress(RepositoryDamaged):
+        assert read_as_files(folder, "vda") == disk
 
 
 def test_an_image_may_span_many_tables_and_refcount_blocks(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import nbd
 
@@ -82,6 +82,13 @@ def _another() -> Buffer | None:
     return Buffer()
 
 
+def free_buffer() -> Buffer | None:
+    """A buffer that nobody uses now; None: `Order.wait` until one is handed back."""
+    with suppress(queue.Empty):
+        return _free.get_nowait()
+    return _another()
+
+
 @dataclass
 class Chunk:
     """Consecutive blocks as they were read.
@@ -93,7 +100,12 @@ class Chunk:
     first: int
     data: memoryview
     buffer: Buffer = field(repr=False)
-    _sized: nbd.Buffer = field(repr=False)
+    sized: nbd.Buffer = field(repr=False)
+
+    @classmethod
+    def of(cls, first: int, length: int, buffer: Buffer) -> Self:
+        """Room for `length` bytes from block `first` on."""
+        return cls(first, memoryview(buffer.room)[:length], buffer, buffer.sized(length))
 
     def blocks(self) -> Iterator[tuple[int, memoryview]]:
         """Each block's number and bytes."""
@@ -105,7 +117,7 @@ class Chunk:
         found = []
         for start in range(0, len(self.data), BLOCK):
             length = min(BLOCK, len(self.data) - start)
-            if self._sized.is_zero(start, length):
+            if self.sized.is_zero(start, length):
                 found.append(ZERO)
             else:
                 found.append(digest(self.data[start : start + length]))
@@ -273,7 +285,7 @@ class Source:
 
         Raises OperationFailed for what the server does, and whatever `reader` raises.
         """
-        with self._failing(), _flying() as flying, _Order(reader, progress, watch) as order:
+        with self._failing(), _flying() as flying, Order(reader, progress, watch) as order:
             for zero, first, count in self._pieces(runs):
                 if zero:
                     flying.append(_Zero(first, count, self.size))
@@ -281,15 +293,14 @@ class Source:
                 length = min(count * BLOCK, self.size - first * BLOCK)
                 if rate is not None:
                     self._pause(rate.wait(length), flying, order)
-                buffer = self._buffer(flying, order)
-                sized = buffer.sized(length)
-                chunk = Chunk(first, memoryview(buffer.room)[:length], buffer, sized)
-                flying.append(_Request(self._handle.aio_pread(sized, first * BLOCK), chunk))
+                chunk = Chunk.of(first, length, self._buffer(flying, order))
+                cookie = self._handle.aio_pread(chunk.sized, first * BLOCK)
+                flying.append(_Request(cookie, chunk))
                 while len(flying) >= UNDER_WAY:
                     self._land(flying, order)
             self._land_all(flying, order)
 
-    def _land(self, flying: _Flying, order: _Order[T]) -> None:
+    def _land(self, flying: _Flying, order: Order[T]) -> None:
         """Wait for the oldest request, and hand it on."""
         oldest = flying[0]
         if isinstance(oldest, _Zero):
@@ -304,31 +315,22 @@ class Source:
         flying.popleft()
         order.put(oldest.chunk)
 
-    def _land_all(self, flying: _Flying, order: _Order[T]) -> None:
+    def _land_all(self, flying: _Flying, order: Order[T]) -> None:
         while flying:
             self._land(flying, order)
 
-    def _buffer(self, flying: _Flying, order: _Order[T]) -> Buffer:
-        while True:
-            with suppress(queue.Empty):
-                return _free.get_nowait()
-            if (new := _another()) is not None:
-                return new
+    def _buffer(self, flying: _Flying, order: Order[T]) -> Buffer:
+        while (found := free_buffer()) is None:
             if flying:
                 self._land(flying, order)
             else:
-                with suppress(queue.Empty):
-                    return _free.get(timeout=_POLL)
-            order.check()
+                order.wait()
+        return found
 
-    def _pause(self, seconds: float, flying: _Flying, order: _Order[T]) -> None:
-        if seconds <= 0:
-            return
-        self._land_all(flying, order)
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            order.check()
-            time.sleep(min(left, _POLL))
+    def _pause(self, seconds: float, flying: _Flying, order: Order[T]) -> None:
+        if seconds > 0:
+            self._land_all(flying, order)
+            order.pause(seconds)
 
 
 def _spans(runs: Runs) -> Iterator[list[tuple[int, int]]]:
@@ -349,7 +351,7 @@ def _spans(runs: Runs) -> Iterator[list[tuple[int, int]]]:
         yield part
 
 
-class _Order(Generic[T]):
+class Order(Generic[T]):
     """Hands chunks to a reader: `prepare` side by side, the rest in the order they came in."""
 
     def __init__(
@@ -363,7 +365,7 @@ class _Order(Generic[T]):
         self._workers = ThreadPoolExecutor(WORKERS, "ckptmgr-digest")
         self._thread = threading.Thread(target=self._run, name="ckptmgr-write", daemon=True)
 
-    def __enter__(self) -> _Order[T]:
+    def __enter__(self) -> Order[T]:
         self._thread.start()
         return self
 
@@ -381,6 +383,19 @@ class _Order(Generic[T]):
         if self._failed is not None:
             raise self._failed
         self._watch()
+
+    def pause(self, seconds: float) -> None:
+        """Wait; raises as `check`."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(left, _POLL))
+
+    def wait(self) -> None:
+        """Wait for a moment in which a buffer may be handed back; raises as `check`."""
+        with suppress(queue.Empty):
+            _free.put(_free.get(timeout=_POLL))
+        self.check()
 
     def put(self, found: Chunk | _Zero) -> None:
         """Hand on what was read."""

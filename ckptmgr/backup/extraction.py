@@ -13,11 +13,12 @@ from pyroaring import BitMap64
 
 from ..domain.images import read_header
 from ..engine.qemu_img import serve_image
-from ..errors import OperationFailed, RepositoryDamaged
+from ..errors import CkptmgrError, OperationFailed, RepositoryDamaged
 from .block import BLOCK, block_count, block_length, digest
 from .copying import Rate, Source, read_blocks
 from .digests import Digests, held, runs
 from .failure import failing
+from .images import ImageFile, read_images
 from .points import Points
 from .repository import Lineage
 
@@ -47,14 +48,26 @@ class Layer:
 class Extraction:
     """A disk of a point, open for reading; made by `opened`.
 
+    Where all images of the chain are of one size, which is nearly always, they are read as files;
+    what a smaller one hides of those below is left to QEMU.
+
     size -- of the disk in bytes
     length -- bytes of the blocks that are not all zeroes
     """
 
-    def __init__(self, points: Points, disk: str, layers: Sequence[Layer], source: Source) -> None:
+    def __init__(
+        self,
+        points: Points,
+        disk: str,
+        layers: Sequence[Layer],
+        *,
+        images: Sequence[ImageFile] = (),
+        source: Source | None = None,
+    ) -> None:
         self._points = points
         self._disk = disk
         self._layers = layers
+        self._images = images
         self._source = source
         self._digests = [layer.digests for layer in layers]
         self._data = BitMap64()
@@ -79,6 +92,29 @@ class Extraction:
         Raises RepositoryDamaged at the first block that is not what it was, and what `sink` raises.
         """
 
+        if self._source is None:
+            self._copy_files(sink, rate, progress)
+        else:
+            self._copy_served(self._source, sink, rate, progress)
+
+    def _copy_files(self, sink: Sink, rate: Rate | None, progress: Callable[[int], None]) -> None:
+        def consume(first: int, data: memoryview, digests: Sequence[bytes], layer: int) -> None:
+            expected = self._digests[layer].of(first, len(digests))
+            if digests != expected:
+                pairs = zip(digests, expected, strict=True)
+                raise self._damaged(first + [a == b for a, b in pairs].index(False))
+            sink.write(first, data)
+
+        try:
+            read_images(self._images, self._digests, consume, rate=rate, progress=progress)
+        except RepositoryDamaged as error:
+            if error.hint is not None:
+                raise
+            raise _unreadable(self._layers[0].point, self._disk, error) from error
+
+    def _copy_served(
+        self, source: Source, sink: Sink, rate: Rate | None, progress: Callable[[int], None]
+    ) -> None:
         def consume(first: int, data: memoryview, digests: Sequence[bytes]) -> None:
             for number, found in enumerate(digests):
                 start = number * BLOCK
@@ -90,7 +126,7 @@ class Extraction:
 
         self._compare_cut()
         try:
-            read_blocks(self._source, runs(self._data), consume, zero, rate=rate, progress=progress)
+            read_blocks(source, runs(self._data), consume, zero, rate=rate, progress=progress)
         except OperationFailed as error:
             raise _unreadable(self._layers[0].point, self._disk, error) from error
 
@@ -159,12 +195,18 @@ def opened(lineage: Lineage, points: Points, point: str, disk: str) -> Iterator[
     """
     with ExitStack() as stack:
         layers = [_layer(lineage, points, name, disk, stack) for name in points.chain(point, disk)]
+        if len({layer.digests.size for layer in layers}) == 1:
+            images = [
+                stack.enter_context(ImageFile(layer.image, layer.digests.size)) for layer in layers
+            ]
+            yield Extraction(points, disk, layers, images=images)
+            return
         source = stack.enter_context(_served(point, disk, layers[0].image))
         if source.size != layers[0].digests.size:
             raise RepositoryDamaged(
                 f"restore point {point} is damaged: the image of disk {disk} has another size"
             )
-        yield Extraction(points, disk, layers, source)
+        yield Extraction(points, disk, layers, source=source)
 
 
 @contextmanager
@@ -178,7 +220,7 @@ def _served(point: str, disk: str, image: Path, *, chain: bool = True) -> Iterat
             yield source
 
 
-def _unreadable(point: str, disk: str, error: OperationFailed) -> RepositoryDamaged:
+def _unreadable(point: str, disk: str, error: CkptmgrError) -> RepositoryDamaged:
     return RepositoryDamaged(
         f"disk {disk} of restore point {point} cannot be read: {error.message}",
         hint="`ckptmgr verify` names all that is affected",

@@ -1,0 +1,248 @@
+"""Reading the images of a chain without a QEMU program between the file and the data.
+
+Only what `Qcow2Writer` writes is understood; whatever else a file may hold, by damage or by design,
+is an error, and every block is compared with its digest by who reads it.  A restore that goes this
+way copies as fast as the disk does, where qemu-nbd and its socket would cost as much again.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from heapq import merge
+from pathlib import Path
+from types import TracebackType
+
+import zstandard
+
+from ..errors import RepositoryDamaged, StoreDamaged
+from ..store import files
+from .block import BLOCK
+from .copying import REQUEST, Chunk, Order, Rate, free_buffer
+from .digests import Digests, held, runs
+from .failure import failing
+
+_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
+_CLUSTER_BITS = 16
+_ENTRIES = BLOCK // 8
+_COMPRESSION_TYPE_AT = 104
+_ZSTD = 1
+_COMPRESSION_BIT = 1 << 3
+_COMPRESSED = 1 << 62
+_OFFSET = (1 << 56) - (1 << 9)
+_CSIZE_SHIFT = 62 - (_CLUSTER_BITS - 8)
+_SECTOR = 512
+_TABLES = 16
+"""L2 tables that are kept, of 64 KiB each: one has 512 MiB of the disk."""
+
+
+class ImageFile:
+    """The clusters of one image, without its backing file.
+
+    size -- of the disk in bytes, which the image must have
+
+    Raises RepositoryDamaged for a file that `Qcow2Writer` cannot have written, RepositoryFailed if
+    it cannot be read.  To be closed.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.size = size
+        self._tables: OrderedDict[int, array[int]] = OrderedDict()
+        self._looking = threading.Lock()
+        self._local = threading.local()
+        with failing(path, "cannot be read"):
+            try:
+                self._descriptor = files.open_regular(path)
+            except (FileNotFoundError, StoreDamaged) as error:
+                raise RepositoryDamaged(f"the image {path} is missing or no file") from error
+        try:
+            with failing(path, "cannot be read"):
+                self._l1 = self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> array[int]:
+        header = self._read(0, 112)
+        fields = _HEADER.unpack_from(header)
+        magic, version, bits, crypt = fields[0], fields[1], fields[4], fields[6]
+        size, length, l1, features = fields[5], fields[7], fields[8], fields[13]
+        compressed = features == _COMPRESSION_BIT and header[_COMPRESSION_TYPE_AT] == _ZSTD
+        if (magic, version, bits, crypt) != (b"QFI\xfb", 3, _CLUSTER_BITS, 0) or not (
+            compressed or features == 0
+        ):
+            raise self._damaged("its header is not one of ours")
+        if size != self.size:
+            raise self._damaged(f"it is of a disk of {size} bytes, and not of {self.size}")
+        if length != -(-self.size // (_ENTRIES * BLOCK)):
+            raise self._damaged("its first table has another length than its size asks for")
+        if l1 + length * 8 > os.fstat(self._descriptor).st_size:
+            raise self._damaged("it was cut off")
+        return _table(self._read(l1, length * 8))
+
+    def fill(self, first: int, data: memoryview) -> None:
+        """Read blocks that the image holds with data, from number `first` on.
+
+        Raises RepositoryDamaged, RepositoryFailed.
+        """
+        with failing(self.path, "cannot be read"):
+            for start, length, entry in self._extents(first, len(data)):
+                part = data[start : start + length]
+                if entry & _COMPRESSED:
+                    self._decompress(entry, part)
+                else:
+                    self._fill(part, entry & _OFFSET)
+
+    def _extents(self, first: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """``(start, length, entry)``: bytes that lie together in the file."""
+        begin, entry, expected = 0, 0, -1
+        for start in range(0, length, BLOCK):
+            found = self._entry(first + start // BLOCK)
+            if found != expected:
+                if start:
+                    yield begin, start - begin, entry
+                begin, entry = start, found
+            # A compressed cluster stands for itself.
+            expected = -1 if found & _COMPRESSED else found + BLOCK
+        yield begin, length - begin, entry
+
+    def _entry(self, block: int) -> int:
+        number, index = divmod(block, _ENTRIES)
+        with self._looking:
+            table = self._tables.get(number)
+            if table is None:
+                offset = self._l1[number] & _OFFSET
+                if not offset:
+                    raise self._damaged(f"it does not hold block {block}")
+                table = self._tables[number] = _table(self._read(offset, BLOCK))
+                while len(self._tables) > _TABLES:
+                    self._tables.popitem(last=False)
+        if not table[index] & (_COMPRESSED | _OFFSET) or (
+            table[index] & 1 and not table[index] & _COMPRESSED
+        ):
+            raise self._damaged(f"it does not hold block {block}")
+        return table[index]
+
+    def _fill(self, part: memoryview, offset: int) -> None:
+        while part:
+            done = os.preadv(self._descriptor, [part], offset)
+            if not done:
+                raise self._damaged("it was cut off")
+            part, offset = part[done:], offset + done
+
+    def _decompress(self, entry: int, part: memoryview) -> None:
+        offset = entry & ((1 << _CSIZE_SHIFT) - 1)
+        sectors = (entry & ~(_COMPRESSED | 1 << 63)) >> _CSIZE_SHIFT
+        frame = self._read(offset, (sectors + 1) * _SECTOR - offset % _SECTOR)
+        decompressor = getattr(self._local, "decompressor", None)
+        if decompressor is None:  # one a thread: they keep a state
+            decompressor = self._local.decompressor = zstandard.ZstdDecompressor()
+        try:
+            content = decompressor.decompress(frame, max_output_size=BLOCK)
+        except zstandard.ZstdError as error:
+            raise self._damaged(f"a cluster cannot be decompressed: {error}") from error
+        if len(content) != len(part):
+            raise self._damaged("a cluster has another length")
+        part[:] = content
+
+    def _read(self, offset: int, length: int) -> bytes:
+        found = bytearray(length)
+        self._fill(memoryview(found), offset)
+        return bytes(found)
+
+    def _damaged(self, why: str) -> RepositoryDamaged:
+        return RepositoryDamaged(f"the image {self.path} is damaged: {why}")
+
+    def close(self) -> None:
+        """Let go of the file."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> ImageFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _table(data: bytes) -> array[int]:
+    entries = array("Q", data)
+    if sys.byteorder == "little":
+        entries.byteswap()
+    return entries
+
+
+@dataclass
+class LayerChunk(Chunk):
+    """Consecutive blocks of one layer; `layer` counts from the top one, 0."""
+
+    layer: int = 0
+
+
+Consume = Callable[[int, memoryview, Sequence[bytes], int], None]
+"""Called with the first block, its bytes and those behind it, a digest each, and the layer."""
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """Reads each chunk where it is prepared, side by side with others."""
+
+    images: Sequence[ImageFile]
+    consume: Consume
+
+    def prepare(self, chunk: Chunk) -> list[bytes]:
+        assert isinstance(chunk, LayerChunk)  # noqa: S101 -- read_images() puts no others
+        self.images[chunk.layer].fill(chunk.first, chunk.data)
+        return chunk.digests()
+
+    def take(self, chunk: Chunk, prepared: list[bytes]) -> None:
+        assert isinstance(chunk, LayerChunk)  # noqa: S101 -- as above
+        self.consume(chunk.first, chunk.data, prepared, chunk.layer)
+
+    def zero(self, first: int, count: int) -> None:
+        raise AssertionError("zero blocks are not asked for")
+
+
+def read_images(
+    images: Sequence[ImageFile],
+    digests: Sequence[Digests],
+    consume: Consume,
+    *,
+    rate: Rate | None = None,
+    progress: Callable[[int], None] = lambda length: None,
+) -> None:
+    """Read every block that is seen with data through a chain of images of one size, ascending.
+
+    images, digests -- of the layers, top first
+
+    Raises RepositoryDamaged, RepositoryFailed, and what `consume` raises.
+    """
+    size = images[0].size
+    layers = [
+        [(first, count, each.index) for first, count in runs(each.data)] for each in held(digests)
+    ]
+    with Order(_Filling(images, consume), progress, lambda: None) as order:
+        for first, count, layer in merge(*layers):
+            for begin in range(first, first + count, REQUEST):
+                blocks = min(REQUEST, first + count - begin)
+                length = min(blocks * BLOCK, size - begin * BLOCK)
+                if rate is not None:
+                    order.pause(rate.wait(length))
+                while (buffer := free_buffer()) is None:
+                    order.wait()
+                chunk = LayerChunk.of(begin, length, buffer)
+                chunk.layer = layer
+                order.put(chunk)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import struct
 import subprocess
@@ -401,33 +402,42 @@ def test_while_points_are_made_merged_and_removed_a_reader_finds_nothing_wrong(
         "import sys, pathlib\n"
         "from integration.test_prune import Kept, changed, let_go\n"
         "from ckptmgr.backup.repository import Repository\n"
-        "repo, key = sys.argv[1:]\n"
+        "repo, key, content = sys.argv[1:]\n"
         "kept = Kept(Repository(pathlib.Path(repo)).lineage(key))\n"
         "last = 'we'\n"
-        "kept.contents['we'] = {'vda': sys.stdin.buffer.read()}\n"
+        "kept.contents['we'] = {'vda': pathlib.Path(content).read_bytes()}\n"
         "for number in range(12):\n"
         "    name = f'p{number}'\n"
         "    kept.add(name, last, {'vda': changed(kept.contents[last]['vda'], number)})\n"
         "    if number:\n"
         "        let_go(kept, last)\n"
         "    last = name\n"
+        "    print(name, flush=True)\n"
+        "    sys.stdin.readline()\n"
     )
+    content = tmp_path / "we"
+    content.write_bytes(kept.contents["we"]["vda"])
     writer = subprocess.Popen(
-        [sys.executable, "-c", code, str(kept.repository), kept.lineage.key],
+        [sys.executable, "-c", code, str(kept.repository), kept.lineage.key, str(content)],
         stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         cwd=Path(__file__).parent.parent,
     )
     assert writer.stdin is not None
-    writer.stdin.write(kept.contents["we"]["vda"])
-    writer.stdin.close()
+    assert writer.stdout is not None
     seen: set[frozenset[str]] = set()
     while writer.poll() is None:
+        # It goes on once this was seen, however fast or slow either of the two is.
+        done = select.select([writer.stdout], [], [], 0)[0] and writer.stdout.readline()
         view = ckptmgr.repository(kept.repository).points()
         assert view.damaged == ()
         assert all(point.broken is None for point in view.points)
         seen.add(frozenset(point.name for point in view.points))
         verified = ckptmgr.repository(kept.repository).verify()
         assert verified.sound, [finding.message for finding in verified.findings]
+        if done:
+            writer.stdin.write(b"\n")
+            writer.stdin.flush()
     assert writer.returncode == 0
-    assert len(seen) > 5
+    assert len(seen) >= 12
     assert found(kept)["sound"]

@@ -35,6 +35,7 @@ def held(vm: Backups, manifest: Manifest) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.not_on_stacks("the state of a TPM there is in a folder that only that libvirt sees")
 def test_what_is_beside_the_disks_is_in_the_point(
     make_vm: MakeMachine,
     tmp_path: Path,

@@ -107,6 +107,7 @@ class RestorePoint:
         self._draft = draft
         self._points: Points = lineage.load().points
         self._rate = Rate(request.limit)
+        self._scratch: Path | None = None  # where QEMU keeps what the guest overwrites
         self._looked = 0.0
         self._base: Base | None = find_base(
             history, session.adapter.uuid, {lineage.key: self._points}
@@ -134,6 +135,9 @@ class RestorePoint:
 
     def copy(self, history: History, checkpoint: Checkpoint | None, served: Served) -> None:
         """Copy the disks, and what is beside them."""
+        if self._session.choice.engine is not EngineName.OFFLINE:
+            # Now, since a domain that has ended has no such folder.
+            self._scratch = self._session.place().folder
         # First, since they are small and may change meanwhile.
         files = tuple(self._files(checkpoint))
         disks = tuple(self._copied(history, checkpoint, target, served) for target in self.targets)
@@ -291,8 +295,8 @@ class RestorePoint:
         if now - self._looked < _SCRATCH_INTERVAL:
             return
         self._looked = now
-        folder = self._session.place().folder
-        if folder is None or self._session.choice.engine is EngineName.OFFLINE:
+        folder = self._scratch
+        if folder is None:
             return
         try:
             found = os.statvfs(folder)

@@ -253,6 +253,7 @@ class Branches:
         kept = self.snapshots[name]
         self._leave()
         self.find()
+        self._are_disks_again()
         self.now = {target: bytearray(held) for target, held in kept.held.items()}
         self.require_bytes()
         above = None if kept.at is None else self.points[kept.at]
@@ -264,6 +265,11 @@ class Branches:
         )
         self.recording.clear()
         self._enter(made)
+
+    def _are_disks_again(self) -> None:
+        """What the images of now held for snapshots that stand on them is not there any more."""
+        for image in self.machine.images.values():
+            self.wrote_to(image)
 
     def _unsure(self, kept: Kept) -> bool:
         """Whether the images of then have left, and what they stand on has not."""
@@ -290,6 +296,7 @@ class Branches:
         self.recording.clear()
         self._lost = True
         self.look()
+        self._are_disks_again()
 
     def crashed(self) -> None:
         """QEMU was killed: what its bitmaps had is lost, and what was not flushed, too."""

@@ -95,9 +95,9 @@ class Lanes:
 
 @pytest.fixture(scope="module")
 def lanes(request: pytest.FixtureRequest, workspace: Workspace, daemon: Daemon) -> Iterator[Lanes]:
-    name = test_killed_at_every_step.__name__
     functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    wanted = [each.callspec.params["case"] for each in functions if each.originalname == name]
+    ours = [each for each in functions if each.function is test_killed_at_every_step]
+    wanted = [each.callspec.params["case"] for each in ours]
     with ExitStack() as stack:
         warm = [stack.enter_context(Warm(workspace, daemon.environment())) for _ in range(LANES)]
         lanes = Lanes(daemon, warm, wanted)

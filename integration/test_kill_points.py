@@ -120,9 +120,9 @@ def lanes(request: pytest.FixtureRequest, workspace: Workspace, daemon: Daemon) 
 
 def _chosen(items: list[pytest.Item]) -> list[Case]:
     """The cases of the tests that are to be run."""
-    name = test_killed_at_every_step.__name__
     functions = [item for item in items if isinstance(item, pytest.Function)]
-    return [each.callspec.params["case"] for each in functions if each.originalname == name]
+    ours = [each for each in functions if each.function is test_killed_at_every_step]
+    return [each.callspec.params["case"] for each in ours]
 
 
 def test_killed_at_every_step(lanes: Lanes, case: Case, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ def restore(session: Session, request: Request, progress: Progress) -> RestoreVi
         with staged(kept.lineage, kept.manifest, places, progress=progress) as work:
             session = session.renewed()
             _stands_still(session)
-            name = free_name(loaded.history, int(time.time()))
+            name = free_name(loaded, int(time.time()))
             _add_bitmaps(session, work.disks, name)
             intent = _intent(session, loaded, kept, work.disks, name)
             for place in places:

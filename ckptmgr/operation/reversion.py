@@ -153,7 +153,7 @@ def _intent(
                 "map": interval.map,
                 "reason": interval.reason,
             }
-    name = free_name(history, int(time.time()))
+    name = free_name(loaded, int(time.time()))
     paused, runs = _afterwards(snapshot, request)
     return Intent(
         "revert",
@@ -226,10 +226,11 @@ def _document(session: Session, name: str) -> str:
     return format_libvirt(Checkpoint(name, 1, None, session.choice.engine, disks))
 
 
-def free_name(history: History, now: int) -> str:
+def free_name(loaded: Loaded, now: int) -> str:
     """A name for a checkpoint that nobody names: the time, or a second later."""
-    names = map(str, range(now, now + len(history.checkpoints) + 1))
-    return next(name for name in names if name not in history.checkpoints)
+    taken = {*loaded.history.checkpoints, *loaded.damaged_names, *loaded.record.moved}
+    names = map(str, range(now, now + len(taken) + 1))
+    return next(name for name in names if name not in taken)
 
 
 def _trackers(history: History, targets: Iterable[str]) -> dict[str, str]:

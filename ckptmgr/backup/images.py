@@ -8,7 +8,6 @@ way copies as fast as the disk does, where qemu-nbd and its socket would cost as
 from __future__ import annotations
 
 import os
-import struct
 import sys
 import threading
 from array import array
@@ -27,17 +26,20 @@ from .block import BLOCK
 from .copying import REQUEST, Chunk, Order, Rate, free_buffer
 from .digests import Digests, held, runs
 from .failure import failing
+from .qcow2 import (
+    CLUSTER_BITS,
+    COMPRESSED,
+    COMPRESSION_BIT,
+    CSIZE_SHIFT,
+    ENTRIES,
+    HEADER,
+    HEADER_LENGTH,
+    SECTOR,
+    ZSTD,
+)
 
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
-_CLUSTER_BITS = 16
-_ENTRIES = BLOCK // 8
 _COMPRESSION_TYPE_AT = 104
-_ZSTD = 1
-_COMPRESSION_BIT = 1 << 3
-_COMPRESSED = 1 << 62
 _OFFSET = (1 << 56) - (1 << 9)
-_CSIZE_SHIFT = 62 - (_CLUSTER_BITS - 8)
-_SECTOR = 512
 _TABLES = 16
 """L2 tables that are kept, of 64 KiB each: one has 512 MiB of the disk."""
 
@@ -70,18 +72,18 @@ class ImageFile:
             raise
 
     def _open(self) -> array[int]:
-        header = self._read(0, 112)
-        fields = _HEADER.unpack_from(header)
+        header = self._read(0, HEADER_LENGTH)
+        fields = HEADER.unpack_from(header)
         magic, version, bits, crypt = fields[0], fields[1], fields[4], fields[6]
         size, length, l1, features = fields[5], fields[7], fields[8], fields[13]
-        compressed = features == _COMPRESSION_BIT and header[_COMPRESSION_TYPE_AT] == _ZSTD
-        if (magic, version, bits, crypt) != (b"QFI\xfb", 3, _CLUSTER_BITS, 0) or not (
+        compressed = features == COMPRESSION_BIT and header[_COMPRESSION_TYPE_AT] == ZSTD
+        if (magic, version, bits, crypt) != (b"QFI\xfb", 3, CLUSTER_BITS, 0) or not (
             compressed or features == 0
         ):
             raise self._damaged("its header is not one of ours")
         if size != self.size:
             raise self._damaged(f"it is of a disk of {size} bytes, and not of {self.size}")
-        if length != -(-self.size // (_ENTRIES * BLOCK)):
+        if length != -(-self.size // (ENTRIES * BLOCK)):
             raise self._damaged("its first table has another length than its size asks for")
         if l1 + length * 8 > os.fstat(self._descriptor).st_size:
             raise self._damaged("it was cut off")
@@ -95,7 +97,7 @@ class ImageFile:
         with failing(self.path, "cannot be read"):
             for start, length, entry in self._extents(first, len(data)):
                 part = data[start : start + length]
-                if entry & _COMPRESSED:
+                if entry & COMPRESSED:
                     self._decompress(entry, part)
                 else:
                     self._fill(part, entry & _OFFSET)
@@ -110,11 +112,11 @@ class ImageFile:
                     yield begin, start - begin, entry
                 begin, entry = start, found
             # A compressed cluster stands for itself.
-            expected = -1 if found & _COMPRESSED else found + BLOCK
+            expected = -1 if found & COMPRESSED else found + BLOCK
         yield begin, length - begin, entry
 
     def _entry(self, block: int) -> int:
-        number, index = divmod(block, _ENTRIES)
+        number, index = divmod(block, ENTRIES)
         with self._looking:
             table = self._tables.get(number)
             if table is None:
@@ -124,8 +126,8 @@ class ImageFile:
                 table = self._tables[number] = _table(self._read(offset, BLOCK))
                 while len(self._tables) > _TABLES:
                     self._tables.popitem(last=False)
-        if not table[index] & (_COMPRESSED | _OFFSET) or (
-            table[index] & 1 and not table[index] & _COMPRESSED
+        if not table[index] & (COMPRESSED | _OFFSET) or (
+            table[index] & 1 and not table[index] & COMPRESSED
         ):
             raise self._damaged(f"it does not hold block {block}")
         return table[index]
@@ -138,9 +140,9 @@ class ImageFile:
             part, offset = part[done:], offset + done
 
     def _decompress(self, entry: int, part: memoryview) -> None:
-        offset = entry & ((1 << _CSIZE_SHIFT) - 1)
-        sectors = (entry & ~(_COMPRESSED | 1 << 63)) >> _CSIZE_SHIFT
-        frame = self._read(offset, (sectors + 1) * _SECTOR - offset % _SECTOR)
+        offset = entry & ((1 << CSIZE_SHIFT) - 1)
+        sectors = (entry & ~(COMPRESSED | 1 << 63)) >> CSIZE_SHIFT
+        frame = self._read(offset, (sectors + 1) * SECTOR - offset % SECTOR)
         decompressor = getattr(self._local, "decompressor", None)
         if decompressor is None:  # one a thread: they keep a state
             decompressor = self._local.decompressor = zstandard.ZstdDecompressor()

@@ -19,10 +19,7 @@ from .block import BLOCK, ZERO
 from .copying import Chunk
 from .digests import Digests, DigestWriter, effective, held
 from .failure import failing
-from .qcow2 import Qcow2Writer
-
-LEVEL = 3
-"""Of zstd, its own default."""
+from .qcow2 import LEVEL, Qcow2Writer
 
 _SAME = "same"
 _ZEROES = "zeroes"

@@ -20,13 +20,10 @@ from .block import BLOCK, ZERO, block_count, block_length, digest
 from .copying import Chunk, Source
 from .digests import Digests, DigestWriter, held, runs
 from .failure import failing
-from .qcow2 import Qcow2Writer
+from .qcow2 import LEVEL, Qcow2Writer
 
 WINDOW = 512
 """Blocks that are in memory at once."""
-
-LEVEL = 3
-"""Of zstd, its own default."""
 
 
 @dataclass(frozen=True)

@@ -24,22 +24,24 @@ from pathlib import Path
 from .block import BLOCK
 from .writeback import WriteBack
 
-_CLUSTER_BITS = 16
-_ENTRIES = BLOCK // 8
+CLUSTER_BITS = 16
+ENTRIES = BLOCK // 8
 """Entries of an L2 table, and of a cluster of the L1 or the refcount table."""
 _COUNTS = BLOCK // 2
 """Refcounts of 16 bits in a refcount block."""
 
 _COPIED = 1 << 63
-_COMPRESSED = 1 << 62
+COMPRESSED = 1 << 62
 _ZERO = 1
-_SECTOR = 512
-_CSIZE_SHIFT = 62 - (_CLUSTER_BITS - 8)
+SECTOR = 512
+CSIZE_SHIFT = 62 - (CLUSTER_BITS - 8)
 
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
-_HEADER_LENGTH = 112
-_COMPRESSION_BIT = 1 << 3  # incompatible feature: the compression type is in the header
-_ZSTD = 1
+HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
+HEADER_LENGTH = 112
+COMPRESSION_BIT = 1 << 3  # incompatible feature: the compression type is in the header
+ZSTD = 1
+LEVEL = 3
+"""Of zstd, its own default."""
 _BACKING_FORMAT = 0xE2792ACA
 
 
@@ -58,7 +60,7 @@ class Qcow2Writer:
     def __init__(
         self, path: Path, size: int, *, backing: str | None = None, compressed: bool = False
     ) -> None:
-        if size < 0 or size % _SECTOR:
+        if size < 0 or size % SECTOR:
             raise ValueError(f"{size} bytes cannot be the size of an image")
         self._name = os.fsencode(backing) if backing is not None else b""
         if len(self._name) > 1023:
@@ -71,7 +73,7 @@ class Qcow2Writer:
         self._packing = 0  # where the next compressed cluster can go; 0: nowhere
         self._counts: dict[int, array[int]] = {}
         self._blocks: dict[int, int] = {}  # cluster of each refcount block that is written
-        self._l1 = array("Q", bytes(8 * -(-size // (_ENTRIES * BLOCK))))
+        self._l1 = array("Q", bytes(8 * -(-size // (ENTRIES * BLOCK))))
         self._l2 = array("Q", bytes(BLOCK))
         self._table = -1  # which L2 table that is
         self._next = 0  # the first block that may come
@@ -100,8 +102,8 @@ class Qcow2Writer:
         for frame in frames:
             offset = self._pack(len(frame))
             _write(self._file, memoryview(frame), offset)
-            sectors = (offset + len(frame) - 1) // _SECTOR - offset // _SECTOR
-            entries.append(offset | sectors << _CSIZE_SHIFT | _COMPRESSED)
+            sectors = (offset + len(frame) - 1) // SECTOR - offset // SECTOR
+            entries.append(offset | sectors << CSIZE_SHIFT | COMPRESSED)
         self._map(first, entries)
 
     def zero(self, first: int, count: int) -> None:
@@ -110,7 +112,7 @@ class Qcow2Writer:
         if not self._name:
             return
         while count:
-            part = min(count, _ENTRIES - first % _ENTRIES)
+            part = min(count, ENTRIES - first % ENTRIES)
             self._map(first, array("Q", [_ZERO]) * part)
             first, count = first + part, count - part
 
@@ -121,11 +123,11 @@ class Qcow2Writer:
 
     def _map(self, first: int, entries: array[int]) -> None:
         while entries:
-            table, index = divmod(first, _ENTRIES)
+            table, index = divmod(first, ENTRIES)
             if table != self._table:
                 self._end_table()
                 self._table = table
-            part = entries[: _ENTRIES - index]
+            part = entries[: ENTRIES - index]
             self._l2[index : index + len(part)] = part
             first, entries = first + len(part), entries[len(part) :]
 
@@ -210,7 +212,7 @@ class Qcow2Writer:
 
     def _tables(self, entries: array[int]) -> int:
         """Write a table of 64-bit entries in clusters of its own; returns the first of them."""
-        count = max(1, -(-len(entries) // _ENTRIES))
+        count = max(1, -(-len(entries) // ENTRIES))
         first = self._allocate(count)
         _write(self._file, memoryview(_big_endian(entries)), first * BLOCK)
         return first
@@ -222,7 +224,7 @@ class Qcow2Writer:
         while True:
             total = self._free + blocks + clusters
             windows = -(-total // _COUNTS)
-            wanted = windows - len(self._blocks), -(-windows // _ENTRIES)
+            wanted = windows - len(self._blocks), -(-windows // ENTRIES)
             if wanted == (blocks, clusters):
                 break
             blocks, clusters = wanted
@@ -243,12 +245,12 @@ class Qcow2Writer:
         if self._name:
             extensions += struct.pack(">II8s", _BACKING_FORMAT, 5, b"qcow2")
         extensions += bytes(8)
-        fixed = _HEADER.pack(
+        fixed = HEADER.pack(
             b"QFI\xfb",
             3,
-            _HEADER_LENGTH + len(extensions) if self._name else 0,
+            HEADER_LENGTH + len(extensions) if self._name else 0,
             len(self._name),
-            _CLUSTER_BITS,
+            CLUSTER_BITS,
             self.size,
             0,  # not encrypted
             len(self._l1),
@@ -257,13 +259,13 @@ class Qcow2Writer:
             clusters,
             0,  # no snapshots
             0,
-            _COMPRESSION_BIT if self._compressed else 0,
+            COMPRESSION_BIT if self._compressed else 0,
             0,
             0,
             4,  # refcounts of 2**4 bits
-            _HEADER_LENGTH,
+            HEADER_LENGTH,
         )
-        fixed += bytes([_ZSTD if self._compressed else 0]) + bytes(7)
+        fixed += bytes([ZSTD if self._compressed else 0]) + bytes(7)
         return fixed + extensions + self._name
 
 

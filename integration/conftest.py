@@ -215,7 +215,8 @@ def local(request: pytest.FixtureRequest) -> Stand:
     return _stand(request)
 
 
-def _with_setting(folder: Path) -> Callable[..., Path]:
+def with_setting(folder: Path) -> Callable[..., Path]:
+    """``DomainAdapter.runtime_directory`` as with the setting ``socket_directory``."""
     original = DomainAdapter.runtime_directory
 
     def runtime_directory(adapter: DomainAdapter, override: Path | None = None) -> Path:
@@ -230,8 +231,7 @@ def sockets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     for name in {"stand", "local"} & set(request.fixturenames):
         found = request.getfixturevalue(name)
         if isinstance(found, Stack):
-            with_setting = _with_setting(found.sockets)
-            monkeypatch.setattr(DomainAdapter, "runtime_directory", with_setting)
+            monkeypatch.setattr(DomainAdapter, "runtime_directory", with_setting(found.sockets))
 
 
 @pytest.fixture

@@ -35,13 +35,16 @@ def _mount(*arguments: str | Path) -> None:
     subprocess.run(["mount", *arguments], check=True)
 
 
-def enter(lower: Path, folder: Path, shared: Path, devices: list[str]) -> None:
+def enter(
+    lower: Path, folder: Path, shared: Path, devices: list[str], programs: list[Path]
+) -> None:
     """Mount the root and make it this process's.
 
     lower -- the release; stays as it is
     folder -- of this run of the stack: root, changes, and libvirt's own folders
     shared -- has the same path inside
     devices -- further nodes for /dev, such as kvm
+    programs -- folders of this machine for ``_machine``
     """
     root, changes = folder / "root", folder / "changes"
     _mount("-t", "tmpfs", "stack", changes)
@@ -62,6 +65,7 @@ def enter(lower: Path, folder: Path, shared: Path, devices: list[str]) -> None:
     inside = root / shared.relative_to("/")
     inside.mkdir(parents=True, exist_ok=True)
     _mount("--bind", shared, inside)
+    _machine(root, shared, programs)
     os.chroot(root)
     os.chdir("/")
 
@@ -80,6 +84,26 @@ def _make_devices(dev: Path, devices: list[str]) -> None:
     (dev / "fd").symlink_to("/proc/self/fd")
     (dev / "shm").mkdir()
     _mount("-t", "tmpfs", "shm", dev / "shm")
+
+
+def _machine(root: Path, shared: Path, programs: list[Path]) -> None:
+    """A root in the root, with programs of this machine and the stack's images and libvirt.
+
+    A hook of libvirt's is run inside, where the release has no Python that is new enough.
+    """
+    machine = root / "machine"
+    machine.mkdir()
+    _mount("-t", "tmpfs", "-o", "mode=755", "machine", machine)
+    for name in ("bin", "lib", "lib64", "sbin"):
+        if Path("/", name).is_symlink():
+            (machine / name).symlink_to(Path("/", name).readlink())
+    inside = ("dev", "proc", "etc/libvirt", shared.relative_to("/"))
+    sources = {machine / each: root / each for each in inside}
+    sources |= {machine / each.relative_to("/"): each for each in programs}
+    (machine / "tmp").mkdir(mode=0o1777)
+    for point, source in sources.items():
+        point.mkdir(parents=True, exist_ok=True)
+        _mount("--bind", source, point)
 
 
 def _listening() -> bool:
@@ -173,7 +197,8 @@ def main(settings: dict[str, Any]) -> None:
     # /proc is still the outer one
     outside = Path("/proc/self").readlink()
     paths = {name: Path(settings[name]) for name in ("lower", "folder", "shared")}
-    enter(**paths, devices=settings["devices"])
+    programs = [Path(each) for each in settings["programs"]]
+    enter(**paths, devices=settings["devices"], programs=programs)
     print(f"ready {outside}", flush=True)
     serve()
 

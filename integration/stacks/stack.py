@@ -23,6 +23,7 @@ from integration.stand.accel import domain_type
 from integration.stand.libvirts import LIBVIRTD_CONF, qemu_conf
 
 from .build import RELEASES, build, hold
+from .hooks import Hooks, programs
 
 _INIT = Path(__file__).with_name("init.py")
 
@@ -70,6 +71,7 @@ class Stack:
             "shared": str(self.workspace.path),
             # one that is there and does not work makes libvirt probe QEMU again and again
             "devices": ["kvm"] if domain_type() == "kvm" else [],
+            "programs": programs(),
         }
         command = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
         with (self._folder / "init.log").open("w") as log:
@@ -155,6 +157,10 @@ class Stack:
         """The command line that runs `command` inside the stack."""
         enter = ["nsenter", f"--target={self.pid}", "--mount", "--pid", "--root", "--wd"]
         return [*enter, *command]
+
+    def hooks(self, store: Path) -> Hooks:
+        """Its libvirt's hooks, for ours; a libvirtd that had none sees them when started anew."""
+        return Hooks(self._folder / "etc", store)
 
     def pid_of(self, domain: str) -> int:
         """Process id, outside, of a running domain's QEMU."""

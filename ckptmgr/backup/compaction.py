@@ -49,7 +49,7 @@ def _bases_of_damaged(folder: Path) -> Iterator[str]:
         for path in sorted(folder.glob("*.qcow2")):
             with suppress(OSError, RepositoryDamaged, ValueError):
                 header = read_header(path)
-                parts = Path(header.backing or "").parts if header is not None else ()
+                parts = Path(header.backing_file or "").parts if header is not None else ()
                 if len(parts) == 3 and parts[0] == "..":
                     yield parts[1]
 
@@ -219,7 +219,7 @@ def serving(path: Path, disk: str, what: str, size: int) -> Iterator[ImageServer
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise RepositoryDamaged(f"{what} cannot be read: {reason}") from error
-    if header is None or header.data_file or header.size != size:
+    if header is None or header.has_data_file or header.size != size:
         raise RepositoryDamaged(f"{what} is damaged: it has not the header that was written")
     with serve_image(disk, str(path), chain=False) as server:
         yield server

@@ -11,13 +11,13 @@ from typing import Protocol
 
 from pyroaring import BitMap64
 
-from ..domain.images import read_header
 from ..engine.qemu_img import serve_image
 from ..errors import CkptmgrError, OperationFailed, RepositoryDamaged
 from .block import BLOCK, block_count, block_length, digest
 from .copying import Rate, Source, read_blocks
 from .digests import Digests, held, runs
 from .failure import failing
+from .header import read_header
 from .images import ImageFile, read_images
 from .points import Points
 from .repository import Lineage
@@ -243,6 +243,10 @@ def check_image(lineage: Lineage, points: Points, point: str, disk: str) -> Path
                 f"restore point {point} is damaged: the image {path} is missing"
                 f"{_also(points, point, disk)}"
             ) from None
+        except RepositoryDamaged as error:
+            raise RepositoryDamaged(
+                f"restore point {point} is damaged: {error.message}{_also(points, point, disk)}"
+            ) from error
     backing = None
     if recorded.base is not None:
         backing = f"../{recorded.base}/{points.disk(recorded.base, disk).file}"

@@ -8,7 +8,6 @@ way copies as fast as the disk does, where qemu-nbd and its socket would cost as
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from array import array
 from collections import OrderedDict
@@ -21,25 +20,25 @@ from types import TracebackType
 import zstandard
 
 from ..errors import RepositoryDamaged, StoreDamaged
+from ..qcow2 import (
+    COMPRESSED,
+    COMPRESSION_TYPE,
+    OFFSET,
+    SECTOR,
+    ZERO,
+    ZSTD,
+    Header,
+    Malformed,
+    read_header,
+    unpack_table,
+)
 from ..store import files
 from .block import BLOCK
 from .copying import REQUEST, Chunk, Order, Rate, free_buffer
 from .digests import Digests, held, runs
 from .failure import failing
-from .qcow2 import (
-    CLUSTER_BITS,
-    COMPRESSED,
-    COMPRESSION_BIT,
-    CSIZE_SHIFT,
-    ENTRIES,
-    HEADER,
-    HEADER_LENGTH,
-    SECTOR,
-    ZSTD,
-)
+from .qcow2 import CLUSTER_BITS, CSIZE_SHIFT, ENTRIES
 
-_COMPRESSION_TYPE_AT = 104
-_OFFSET = (1 << 56) - (1 << 9)
 _TABLES = 16
 """L2 tables that are kept, of 64 KiB each: one has 512 MiB of the disk."""
 
@@ -72,22 +71,20 @@ class ImageFile:
             raise
 
     def _open(self) -> array[int]:
-        header = self._read(0, HEADER_LENGTH)
-        fields = HEADER.unpack_from(header)
-        magic, version, bits, crypt = fields[0], fields[1], fields[4], fields[6]
-        size, length, l1, features = fields[5], fields[7], fields[8], fields[13]
-        compressed = features == COMPRESSION_BIT and header[_COMPRESSION_TYPE_AT] == ZSTD
-        if (magic, version, bits, crypt) != (b"QFI\xfb", 3, CLUSTER_BITS, 0) or not (
-            compressed or features == 0
-        ):
+        try:
+            header = read_header(self._descriptor)
+        except Malformed as error:
+            raise self._damaged(str(error)) from error
+        if header is None or not _ours(header):
             raise self._damaged("its header is not one of ours")
-        if size != self.size:
-            raise self._damaged(f"it is of a disk of {size} bytes, and not of {self.size}")
+        if header.size != self.size:
+            raise self._damaged(f"it is of a disk of {header.size} bytes, and not of {self.size}")
+        length = header.l1_length
         if length != -(-self.size // (ENTRIES * BLOCK)):
             raise self._damaged("its first table has another length than its size asks for")
-        if l1 + length * 8 > os.fstat(self._descriptor).st_size:
+        if header.l1_offset + length * 8 > os.fstat(self._descriptor).st_size:
             raise self._damaged("it was cut off")
-        return _table(self._read(l1, length * 8))
+        return unpack_table(self._read(header.l1_offset, length * 8))
 
     def fill(self, first: int, data: memoryview) -> None:
         """Read blocks that the image holds with data, from number `first` on.
@@ -100,7 +97,7 @@ class ImageFile:
                 if entry & COMPRESSED:
                     self._decompress(entry, part)
                 else:
-                    self._fill(part, entry & _OFFSET)
+                    self._fill(part, entry & OFFSET)
 
     def _extents(self, first: int, length: int) -> Iterator[tuple[int, int, int]]:
         """``(start, length, entry)``: bytes that lie together in the file."""
@@ -120,14 +117,14 @@ class ImageFile:
         with self._looking:
             table = self._tables.get(number)
             if table is None:
-                offset = self._l1[number] & _OFFSET
+                offset = self._l1[number] & OFFSET
                 if not offset:
                     raise self._damaged(f"it does not hold block {block}")
-                table = self._tables[number] = _table(self._read(offset, BLOCK))
+                table = self._tables[number] = unpack_table(self._read(offset, BLOCK))
                 while len(self._tables) > _TABLES:
                     self._tables.popitem(last=False)
-        if not table[index] & (COMPRESSED | _OFFSET) or (
-            table[index] & 1 and not table[index] & COMPRESSED
+        if not table[index] & (COMPRESSED | OFFSET) or (
+            table[index] & ZERO and not table[index] & COMPRESSED
         ):
             raise self._damaged(f"it does not hold block {block}")
         return table[index]
@@ -180,11 +177,11 @@ class ImageFile:
         self.close()
 
 
-def _table(data: bytes) -> array[int]:
-    entries = array("Q", data)
-    if sys.byteorder == "little":
-        entries.byteswap()
-    return entries
+def _ours(header: Header) -> bool:
+    """Whether `Qcow2Writer` makes such headers."""
+    kind = header.version, header.cluster_bits, header.encryption
+    compressed = header.incompatible, header.compression
+    return kind == (3, CLUSTER_BITS, 0) and compressed in ((0, 0), (COMPRESSION_TYPE, ZSTD))
 
 
 @dataclass

@@ -77,9 +77,9 @@ def _stands(overlay: Path, images: list[Path]) -> bool:
         return False
     except (OSError, RepositoryDamaged, ValueError):
         return True
-    if header is None or header.backing is None:
+    if header is None or header.backing_file is None:
         return False
-    backing = header.backing.removeprefix("file:")
+    backing = header.backing_file.removeprefix("file:")
     if backing.startswith(("json:", "nbd:")):
         return True
     real = os.path.realpath(overlay.parent / backing)

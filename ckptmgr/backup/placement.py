@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from ..domain.images import QCOW2_MAGIC
+from .. import qcow2
 from ..errors import InvalidRequest
 from .manifest import Manifest, PointDisk
 
@@ -172,7 +172,7 @@ def look(path: Path) -> Found:
         descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             size = os.lseek(descriptor, 0, os.SEEK_END)
-            head = os.pread(descriptor, len(QCOW2_MAGIC), 0)
+            head = os.pread(descriptor, len(qcow2.MAGIC), 0)
         finally:
             os.close(descriptor)
     except (OSError, ValueError, RuntimeError) as error:
@@ -183,4 +183,4 @@ def look(path: Path) -> Found:
         ) from error
     if block:
         return Found(real, (-1, status.st_rdev), size, block=True)
-    return Found(real, (status.st_dev, status.st_ino), size, qcow2=head == QCOW2_MAGIC)
+    return Found(real, (status.st_dev, status.st_ino), size, qcow2=head == qcow2.MAGIC)

@@ -15,12 +15,21 @@ What is not written stays unallocated: it is the backing file's, or zero where t
 from __future__ import annotations
 
 import os
-import struct
-import sys
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..qcow2 import (
+    COMPRESSED,
+    COMPRESSION_TYPE,
+    COPIED,
+    NAME_MAX,
+    SECTOR,
+    ZERO,
+    ZSTD,
+    Header,
+    pack_table,
+)
 from .block import BLOCK
 from .writeback import WriteBack
 
@@ -30,19 +39,10 @@ ENTRIES = BLOCK // 8
 _COUNTS = BLOCK // 2
 """Refcounts of 16 bits in a refcount block."""
 
-_COPIED = 1 << 63
-COMPRESSED = 1 << 62
-_ZERO = 1
-SECTOR = 512
 CSIZE_SHIFT = 62 - (CLUSTER_BITS - 8)
-
-HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
-HEADER_LENGTH = 112
-COMPRESSION_BIT = 1 << 3  # incompatible feature: the compression type is in the header
-ZSTD = 1
+"""In the entry of a compressed cluster: its sectors are above, its offset is below."""
 LEVEL = 3
 """Of zstd, its own default."""
-_BACKING_FORMAT = 0xE2792ACA
 
 
 class Qcow2Writer:
@@ -63,7 +63,7 @@ class Qcow2Writer:
         if size < 0 or size % SECTOR:
             raise ValueError(f"{size} bytes cannot be the size of an image")
         self._name = os.fsencode(backing) if backing is not None else b""
-        if len(self._name) > 1023:
+        if len(self._name) > NAME_MAX:
             raise ValueError(f"{backing!r} is too long for the name of a backing file")
         self.path = path
         self.size = size
@@ -90,7 +90,7 @@ class Qcow2Writer:
         self._expect(first, count)
         start = self._allocate(count)
         _write(self._file, data, start * BLOCK)
-        offset = start * BLOCK | _COPIED
+        offset = start * BLOCK | COPIED
         self._map(first, array("Q", range(offset, offset + count * BLOCK, BLOCK)))
 
     def write_compressed(self, first: int, frames: Sequence[bytes]) -> None:
@@ -113,7 +113,7 @@ class Qcow2Writer:
             return
         while count:
             part = min(count, ENTRIES - first % ENTRIES)
-            self._map(first, array("Q", [_ZERO]) * part)
+            self._map(first, array("Q", [ZERO]) * part)
             first, count = first + part, count - part
 
     def _expect(self, first: int, count: int) -> None:
@@ -135,8 +135,8 @@ class Qcow2Writer:
         if self._table < 0:
             return
         cluster = self._allocate(1)
-        _write(self._file, memoryview(_big_endian(self._l2)), cluster * BLOCK)
-        self._l1[self._table] = cluster * BLOCK | _COPIED
+        _write(self._file, memoryview(pack_table(self._l2)), cluster * BLOCK)
+        self._l1[self._table] = cluster * BLOCK | COPIED
         self._l2 = array("Q", bytes(BLOCK))
         self._table = -1
 
@@ -186,7 +186,7 @@ class Qcow2Writer:
             self._free += 1
             self._count(cluster, 1)
             self._blocks[window] = cluster
-            _write(self._file, memoryview(_big_endian(self._counts.pop(window))), cluster * BLOCK)
+            _write(self._file, memoryview(pack_table(self._counts.pop(window))), cluster * BLOCK)
 
     # --- the end -----------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ class Qcow2Writer:
         """Write a table of 64-bit entries in clusters of its own; returns the first of them."""
         count = max(1, -(-len(entries) // ENTRIES))
         first = self._allocate(count)
-        _write(self._file, memoryview(_big_endian(entries)), first * BLOCK)
+        _write(self._file, memoryview(pack_table(entries)), first * BLOCK)
         return first
 
     def _finish_counts(self) -> tuple[int, int]:
@@ -233,47 +233,27 @@ class Qcow2Writer:
         self._count(first, blocks + clusters)
         for number, window in enumerate(sorted(self._counts)):
             self._blocks[window] = first + number
-            counts = memoryview(_big_endian(self._counts[window]))
+            counts = memoryview(pack_table(self._counts[window]))
             _write(self._file, counts, (first + number) * BLOCK)
         table = first + blocks
         entries = array("Q", (self._blocks[window] * BLOCK for window in sorted(self._blocks)))
-        _write(self._file, memoryview(_big_endian(entries)), table * BLOCK)
+        _write(self._file, memoryview(pack_table(entries)), table * BLOCK)
         return table, clusters
 
     def _header(self, l1: int, table: int, clusters: int) -> bytes:
-        extensions = b""
-        if self._name:
-            extensions += struct.pack(">II8s", _BACKING_FORMAT, 5, b"qcow2")
-        extensions += bytes(8)
-        fixed = HEADER.pack(
-            b"QFI\xfb",
-            3,
-            HEADER_LENGTH + len(extensions) if self._name else 0,
-            len(self._name),
-            CLUSTER_BITS,
+        header = Header(
             self.size,
-            0,  # not encrypted
-            len(self._l1),
-            l1 * BLOCK,
-            table * BLOCK,
-            clusters,
-            0,  # no snapshots
-            0,
-            COMPRESSION_BIT if self._compressed else 0,
-            0,
-            0,
-            4,  # refcounts of 2**4 bits
-            HEADER_LENGTH,
+            cluster_bits=CLUSTER_BITS,
+            backing_file=self.backing,
+            backing_format=None if self.backing is None else "qcow2",
+            l1_length=len(self._l1),
+            l1_offset=l1 * BLOCK,
+            refcounts_offset=table * BLOCK,
+            refcounts_length=clusters,
+            incompatible=COMPRESSION_TYPE if self._compressed else 0,
+            compression=ZSTD if self._compressed else 0,
         )
-        fixed += bytes([ZSTD if self._compressed else 0]) + bytes(7)
-        return fixed + extensions + self._name
-
-
-def _big_endian(entries: array[int]) -> bytes:
-    if sys.byteorder == "little":
-        entries = entries[:]
-        entries.byteswap()
-    return entries.tobytes()
+        return header.pack()
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:

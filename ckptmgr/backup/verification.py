@@ -303,7 +303,7 @@ def _image(
         reason = _reason(error) if isinstance(error, OSError) else error.message
         yield "damaged-header", f"{what}: the image {path} cannot be read: {reason}"
         return
-    if header is None or header.data_file or header.size != disk.virtual_size:
+    if header is None or header.has_data_file or header.size != disk.virtual_size:
         yield "damaged-header", f"{what}: the image {path} has not the header that was written"
         return
     if length != disk.bytes:
@@ -315,10 +315,10 @@ def _image(
     if disk.base is not None:
         below = None if base is None else base.disk(disk.name)
         expected = f"../{disk.base}/{disk.file if below is None else below.file}"
-    if header.backing != expected:
+    if header.backing_file != expected:
         yield (
             "wrong-backing-file",
-            f"{what}: the image {path} has the backing file {header.backing or 'none'}, "
+            f"{what}: the image {path} has the backing file {header.backing_file or 'none'}, "
             f"and {expected or 'none'} was written",
         )
 

@@ -92,7 +92,9 @@ class History:
         try:
             return self.checkpoints[name]
         except KeyError:
-            raise NoCheckpoint(f"there is no checkpoint {name}") from None
+            raise NoCheckpoint(
+                f"there is no checkpoint {name!r}", hint="`ckptmgr list` lists them"
+            ) from None
 
     def parent(self, name: str) -> str | None:
         """The parent of `name`, if it is there; None for a root."""

@@ -154,7 +154,9 @@ class Domain:
         for each in self.existing:
             if each.name == name:
                 return each
-        raise NoCheckpoint(f"domain 'web' has no checkpoint {name!r}")
+        raise NoCheckpoint(
+            f"domain 'web': there is no checkpoint {name!r}", hint="`ckptmgr list` lists them"
+        )
 
     def document(self, name: str, *, size: bool = False) -> str:
         self._note("document", name, size=size)

@@ -150,7 +150,10 @@ class Catalogue:
         if point is not None:
             chosen = [(lineage, loaded) for lineage, loaded in chosen if _has(loaded, point)]
             if not chosen:
-                raise NoPoint(f"domain {domain!r} has no restore point {point} in {self.path}")
+                raise NoPoint(
+                    f"domain {domain!r} has no restore point {point!r} in {self.path}",
+                    hint="`ckptmgr points` lists them",
+                )
         for lineage, loaded in chosen:
             wanted: tuple[str, ...] | None = None
             if point is not None:

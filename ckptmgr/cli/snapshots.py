@@ -80,7 +80,10 @@ def create(
 @click.option("--name", "only_names", is_flag=True, help="Print names only.")
 @click.pass_obj
 def list_(session: Session, domain: str, only_names: bool) -> Answer:
-    """List the snapshots of a domain, and the checkpoint that each comes after."""
+    """List the snapshots of a domain.
+
+    Each has the checkpoint that it comes after, which is where a revert to it branches off.
+    """
     with session.domain(domain) as target:
         of = target.view
         found = target.snapshots()

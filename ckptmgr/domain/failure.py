@@ -80,7 +80,7 @@ _BROKEN_TEXTS = (
     re.compile(r"Bitmaps are of different sizes()"),  # of which disk, QEMU does not say
 )
 _HINTS: dict[type[CkptmgrError], str] = {
-    ReadOnlyConnection: "open the connection for writing",
+    ReadOnlyConnection: "open the connection for writing, which is without --readonly",
     Busy: "try again when the job is done; `virsh domjobinfo DOMAIN` shows it",
     ConnectionFailed: "check the URI and that libvirt's daemon is running",
 }

@@ -39,7 +39,10 @@ def snapshot(adapter: DomainAdapter, name: str) -> Snapshot:
         except libvirt.libvirtError as error:
             if error.get_error_code() != NO_SNAPSHOT:
                 raise
-            raise NoSnapshot(f"domain {adapter.name!r} has no snapshot {name!r}") from None
+            raise NoSnapshot(
+                f"domain {adapter.name!r} has no snapshot {name!r}",
+                hint="`ckptmgr snapshot list` lists them",
+            ) from None
         return parse_snapshot(found.getXMLDesc(0), current=bool(found.isCurrent(0)))
 
 

@@ -126,7 +126,10 @@ def plan_define(connection: Connection, kept: Kept, request: Request, name: str)
 
 def _prepared(connection: Connection, kept: Kept, request: Request, name: str) -> _Prepared:
     if connection.read_only:
-        raise ReadOnlyConnection(f"the connection to {connection.uri} only allows reading")
+        raise ReadOnlyConnection(
+            f"the connection to {connection.uri} only allows reading",
+            hint="open it for writing, which is without --readonly",
+        )
     if not connection.local:
         raise Unsupported(
             f"{connection.uri} is on another machine, which would not find the images",

@@ -300,7 +300,8 @@ class Session:
         """Raises ReadOnlyConnection where nothing can be changed."""
         if self.adapter.connection.read_only:
             raise ReadOnlyConnection(
-                f"the connection to {self.adapter.connection.uri} only allows reading"
+                f"the connection to {self.adapter.connection.uri} only allows reading",
+                hint="open it for writing, which is without --readonly",
             )
 
     @contextmanager

@@ -305,7 +305,31 @@ def test_output_that_cannot_be_written_is_a_failure() -> None:
             check=False,
         )
     assert done.returncode == 1
-    assert done.stderr == "ckptmgr: error: No space left on device\n"
+    assert done.stderr == "ckptmgr: error: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_no_file_takes_the_place_of_a_closed_standard_stream(
+    closed: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Or what is printed there would be written into that file."""
+    code = (
+        "import os, sys; from ckptmgr.cli import main\n"
+        "status = 0 if main() in (0, 1) else 9\n"
+        f"opened = os.open({str(tmp_path / 'file')!r}, os.O_CREAT)\n"
+        "sys.exit(status if opened > 2 else 8)"
+    )
+    streams = " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" redefine x - {streams}', sys.executable, code],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_names_that_the_encoding_lacks_do_not_fail_to_print() -> None:

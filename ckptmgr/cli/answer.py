@@ -54,7 +54,8 @@ def _write(pieces: Iterable[str]) -> None:
         sys.stdout.flush()
     except BrokenPipeError as error:
         raise OutputClosed from error
-    except OSError:
+    except OSError as error:
+        error.filename = "standard output"
         # What is left in the buffer would fail once more, with another status, at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise

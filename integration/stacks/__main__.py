@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import libvirt
 
@@ -39,12 +40,14 @@ class Running:
 
     uri -- for every process of this machine
     remark -- what there is to know about it
+    sockets -- the folder for unix sockets that ckptmgr has to be told; None: it finds one itself
     shell -- the command line of a shell in it
     environment -- of that shell
     """
 
     uri: str
     remark: str = ""
+    sockets: Path | None = None
     shell: Sequence[str] = ("/bin/bash",)
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -112,13 +115,14 @@ def started(workspace: Workspace, name: str) -> Iterator[Running]:
     if name == "daemon":
         daemon = Daemon(workspace)
         try:
-            yield Running(daemon.socket_uri, environment=daemon.environment())
+            environment, sockets = daemon.environment(), workspace.folder("sockets")
+            yield Running(daemon.socket_uri, sockets=sockets, environment=environment)
         finally:
             daemon.close()
         return
     stack = Stack(workspace, name)
     try:
-        yield Running(stack.uri, shell=stack.inside("/bin/bash"))
+        yield Running(stack.uri, sockets=stack.sockets, shell=stack.inside("/bin/bash"))
     finally:
         stack.close()
 
@@ -132,8 +136,13 @@ def run(name: str, *, shell: bool) -> None:
     with Workspace() as workspace, started(workspace, name) as running:
         print("connect to   ", running.uri, running.remark)
         print("images go to ", workspace.path, flush=True)
+        given = {"LIBVIRT_DEFAULT_URI": running.uri} if name in OWN else {}
+        if running.sockets is not None:
+            settings = workspace.path / "ckptmgr.toml"
+            settings.write_text(f'socket_directory = "{running.sockets}"\n')
+            print("for ckptmgr   CKPTMGR_CONFIG=", settings, sep="", flush=True)
+            given["CKPTMGR_CONFIG"] = str(settings)
         if shell:
-            given = {"LIBVIRT_DEFAULT_URI": running.uri} if name in OWN else {}
             environment = {**os.environ, **running.environment, **given}
             subprocess.run(running.shell, check=False, env=environment)
             return

@@ -56,16 +56,22 @@ class Settings:
 
 
 def store_directory(
-    driver: Driver, embedded_root: Path | None, environment: Mapping[str, str] = os.environ
+    driver: Driver,
+    embedded_root: Path | None,
+    settings: Settings,
+    environment: Mapping[str, str] = os.environ,
 ) -> Path:
-    """The default metadata directory.
+    """The metadata directory where none is asked for.
 
-    ``CKPTMGR_STORE``, else ``/var/lib/ckptmgr`` for the system driver, ``ckptmgr`` in the XDG
-    state directory for the session driver, ``ROOT/lib/ckptmgr`` for an embedded root.
+    ``CKPTMGR_STORE``, else that of the settings, else ``/var/lib/ckptmgr`` for the system driver,
+    ``ckptmgr`` in the XDG state directory for the session driver, ``ROOT/lib/ckptmgr`` for an
+    embedded root.
     """
     chosen = environment.get("CKPTMGR_STORE")
     if chosen:
         return Path(chosen)
+    if settings.store is not None:
+        return settings.store
     if driver is Driver.EMBEDDED and embedded_root is not None:
         return embedded_root / "lib" / "ckptmgr"
     if driver is Driver.SESSION:
@@ -100,7 +106,8 @@ def read_settings(path: Path, environment: Mapping[str, str] = os.environ) -> Se
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, FileNotFoundError) and not environment.get("CKPTMGR_CONFIG"):
             return Settings()
-        raise InvalidRequest(f"the settings {path} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InvalidRequest(f"the settings {path} cannot be read: {reason}") from error
     import tomllib  # most have no settings file
 
     try:

@@ -65,7 +65,7 @@ def connect(
     try:
         place = (connection.driver, connection.embedded_root)
         settings = read_settings(settings_file(*place))
-        directory = Path(store) if store else settings.store or store_directory(*place)
+        directory = Path(store) if store else store_directory(*place, settings)
     except BaseException:
         connection.close()
         raise

@@ -159,6 +159,17 @@ def test_the_hook_is_installed_told_of_and_removed(tmp_path: Path, capsys: Outpu
     assert list(tmp_path.rglob("*")) == [tmp_path / "qemu.d"]
 
 
+def test_the_hook_works_on_the_store_of_the_settings_that_are_named(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CKPTMGR_STORE", raising=False)
+    settings = tmp_path / "ckptmgr.toml"
+    settings.write_text(f'store = "{tmp_path}/theirs"\n')
+    monkeypatch.setenv("CKPTMGR_CONFIG", str(settings))
+    run(capsys, "hook", "install", "--directory", str(tmp_path))
+    assert f"{tmp_path}/theirs" in (tmp_path / "qemu.d/ckptmgr").read_text()
+
+
 def test_a_dry_run_installs_and_removes_nothing(tmp_path: Path, capsys: Output) -> None:
     where = ["--directory", str(tmp_path)]
     assert "write the hook" in run(capsys, "hook", "install", *where, "--dry-run")

@@ -32,7 +32,16 @@ HOME = {"HOME": "/home/u"}
 def test_each_driver_has_its_own_store(
     driver: Driver, root: str | None, environment: dict[str, str], directory: str
 ) -> None:
-    assert store_directory(driver, Path(root) if root else None, environment) == Path(directory)
+    place = driver, Path(root) if root else None
+    assert store_directory(*place, Settings(), environment) == Path(directory)
+
+
+@pytest.mark.parametrize("driver", Driver)
+def test_the_setting_counts_unless_the_environment_names_a_store(driver: Driver) -> None:
+    settings = Settings(store=Path("/srv/c"))
+    assert store_directory(driver, Path("/r"), settings, HOME) == Path("/srv/c")
+    chosen = {**HOME, "CKPTMGR_STORE": "/mine"}
+    assert store_directory(driver, Path("/r"), settings, chosen) == Path("/mine")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +68,7 @@ def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
 
 def test_a_file_that_was_named_has_to_be_there(tmp_path: Path) -> None:
     path = tmp_path / "none.toml"
-    with pytest.raises(InvalidRequest, match=r"none\.toml"):
+    with pytest.raises(InvalidRequest, match=r"none\.toml cannot be read: No such file or direct"):
         read_settings(path, {"CKPTMGR_CONFIG": str(path)})
 
 

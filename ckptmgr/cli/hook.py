@@ -112,12 +112,13 @@ def status(session: Session, directory: Path, python: Path | None) -> Answer:
 
 
 def _setting(session: Session, python: Path | None) -> Setting:
-    from ..config import SYSTEM_SETTINGS, Driver, read_settings, store_directory
+    from ..config import Driver, read_settings, settings_file, store_directory
     from ..hook.installation import setting
 
     # The hooks are those of the system's libvirt.
-    store = session.store or read_settings(SYSTEM_SETTINGS).store
-    return setting(store or store_directory(Driver.SYSTEM, None), python)
+    place = (Driver.SYSTEM, None)
+    store = session.store or store_directory(*place, read_settings(settings_file(*place)))
+    return setting(store, python)
 
 
 COMMANDS = (hook,)

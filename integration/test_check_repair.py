@@ -442,6 +442,28 @@ def test_a_grown_disk_is_told_and_its_new_part_counts_as_changed(scene: Scene) -
     scene.sound()
 
 
+def test_a_disk_that_was_made_smaller(scene: Scene) -> None:
+    size = 8 * MIB
+    scene.replaced.add("vda")
+    if scene.machine.active:
+        scene.machine.domain.blockResize("vda", size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+    else:
+        command = ["qemu-img", "resize", "-q", "--shrink"]
+        subprocess.run([*command, str(scene.machine.images["vda"]), str(size)], check=True)
+    assert scene.codes() == {"disk-shrunk"}
+    scene.sound()
+    assert {finding.code for finding in scene.domain.repair()} == {"disk-shrunk"}
+    assert scene.codes() == set()
+    assert scene.known("c0", "c2") == BOTH
+    assert scene.known("c0") == {"vdb"}
+    scene.sound()
+    scene.domain.create("n1")
+    scene.machine.write("vda", 5 * MIB, 4096)
+    (vda, _) = scene.domain.diff("n1").disks
+    assert vda.extents() == [(5 * MIB, 65536)]
+    assert scene.codes() == set()
+
+
 def _snapshot(scene: Scene) -> None:
     """An external snapshot, disk only."""
     overlays = "".join(
@@ -527,6 +549,22 @@ def test_a_marker_that_is_not_what_the_store_says(
 ) -> None:
     _set_marker(scene, element)
     scene.heals(code, first=False)  # a diff would set it
+
+
+def test_a_marker_of_checkpoints_that_the_store_does_not_have(
+    make_vm: MakeMachine, tmp_path: Path
+) -> None:
+    """As with the wrong --store: what it names is not believed, and stays until repair."""
+    machine = make_vm([DiskSpec("vda")])
+    with ckptmgr.connect(machine.uri, store=tmp_path / "store") as host:
+        host.domain(machine.name).create("c0")
+    with ckptmgr.connect(machine.uri, store=tmp_path / "other") as host:
+        domain = host.domain(machine.name)
+        found = {finding.code for finding in domain.check() if not finding.harmless}
+        assert found == {"stray-marker", "libvirt-only"}
+        domain.repair()
+        assert domain.check() == ()
+        assert [view.name for view in domain.checkpoints().checkpoints] == ["c0"]
 
 
 def test_a_domain_that_was_renamed(scene: Scene) -> None:

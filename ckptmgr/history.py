@@ -251,7 +251,7 @@ class History:
     def _children(self) -> dict[str | None, tuple[str, ...]]:
         """The children of each checkpoint; of None, the roots."""
         found: dict[str | None, list[str]] = {None: [], **{name: [] for name in self.checkpoints}}
-        for name in sorted(self.checkpoints, key=lambda name: (self.get(name).created, name)):
+        for _, name in sorted((each.created, name) for name, each in self.checkpoints.items()):
             found[self._parents[name]].append(name)
         return {name: tuple(children) for name, children in found.items()}
 

@@ -103,12 +103,10 @@ def choose(history: History, keep: int, lost: Lost = frozenset()) -> Choice:
     anchors: dict[str, str] = {}
     notes: list[str] = []
     line = _line(history)
-    for disk in _disks(history):
-        valid = [name for name in line if _recording(history, disk, name, lost)]
+    for disk, recording in _recording(history, lost).items():
+        valid = [name for name in line if name in recording]
         old = [
-            name
-            for name in history.topological()
-            if _recording(history, disk, name, lost) and name not in valid[:keep]
+            name for name in history.topological() if name in recording and name not in valid[:keep]
         ]
         if valid:
             anchors[disk] = valid[0]
@@ -123,9 +121,14 @@ def choose(history: History, keep: int, lost: Lost = frozenset()) -> Choice:
     return Choice({name: tuple(going[name]) for name in order}, anchors, tuple(notes))
 
 
-def _recording(history: History, disk: str, name: str, lost: Lost) -> bool:
-    recorded = history.get(name).disk(disk)
-    return recorded is not None and recorded.state is State.RECORDING and (name, disk) not in lost
+def _recording(history: History, lost: Lost) -> dict[str, set[str]]:
+    """The checkpoints whose bitmaps record, by disk: of a long history, few."""
+    found: dict[str, set[str]] = {}
+    for name, checkpoint in history.checkpoints.items():
+        for disk in checkpoint.disks:
+            if disk.state is State.RECORDING and (name, disk.name) not in lost:
+                found.setdefault(disk.name, set()).add(name)
+    return found
 
 
 def _needed(history: History, disk: str, name: str, anchor: str | None) -> str | None:
@@ -140,11 +143,6 @@ def _line(history: History) -> tuple[str, ...]:
     if history.current is None:
         return ()
     return (history.current, *history.ancestors(history.current))
-
-
-def _disks(history: History) -> tuple[str, ...]:
-    points = history.checkpoints.values()
-    return tuple(dict.fromkeys(disk.name for point in points for disk in point.disks))
 
 
 def settled(

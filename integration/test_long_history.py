@@ -7,7 +7,7 @@ from pathlib import Path
 import ckptmgr
 from ckptmgr.checkpoint import State
 from integration.bench.bare import Bare
-from integration.bench.history import GRANULE, WRITES, Grown, disk, grow, name
+from integration.bench.history import GRANULE, WRITES, Grown, disk, in_turns, name
 from integration.conftest import MakeMachine
 from integration.evidence import bitmaps, known, on_tops
 
@@ -22,7 +22,7 @@ def test_a_machine_carries_one_bitmap_however_many_checkpoints_it_has(
     with ckptmgr.connect(machine.uri, store=tmp_path / "store", engine="libvirt") as host:
         domain = host.domain(machine.name)
         plain = Grown(other, Bare(other.domain, tmp_path).create)
-        grow(Grown(machine, domain.create), domain, plain, COUNT)
+        in_turns(COUNT, (Grown(machine, domain.create, domain), plain), Grown.grow)
 
         newest = name(COUNT - 1)
         assert bitmaps(machine) == on_tops(machine, {"vda"}, newest)

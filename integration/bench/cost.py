@@ -84,7 +84,7 @@ class Meter:
                 raise subprocess.CalledProcessError(status, command, said.read()[-2000:])
 
     def _used(self) -> float:
-        used = sum(map(_processor, self._qemu))
+        used = sum(map(processor, self._qemu))
         for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
             usage = resource.getrusage(whose)
             used += usage.ru_utime + usage.ru_stime
@@ -127,7 +127,7 @@ def _memory(pid: int) -> float:
     return 0.0
 
 
-def _processor(pid: int) -> float:
+def processor(pid: int) -> float:
     """Seconds of processor time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS

@@ -1,7 +1,8 @@
 """``python -m integration.bench.history``: what a long history costs, and large answers.
 
 One machine gets a thousand checkpoints of ckptmgr's, archived as they are made; another, beside
-it, as many of libvirt's own.  Takes some minutes.
+it, as many of libvirt's own.  The last of them are made in turns with those of two machines that
+have hardly any yet, so that whatever else this one does slows down both.  Takes some minutes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,54 +25,94 @@ import ckptmgr
 from integration.stand import MIB, Daemon, DiskSpec, Machine, Workspace, adopt, private_mounts
 
 from .bare import Bare
+from .cost import processor
 from .report import machine as where
 
 WRITES = 4
 """Writes between two checkpoints, each in a granule of its own."""
 
 GRANULE = 65536
-AT_ENDS = 50
-"""So many creates at each end of the history are compared."""
+ROUNDS = 50
+"""So many checkpoints of a long and of a short history are compared."""
+
+STARTS = 7
+"""So many starts of each machine, and commands of each kind."""
 
 MILLION = 1_000_000
+
+Domain = ckptmgr.Domain
 
 
 @dataclass
 class Course:
-    """What one machine's checkpoints cost, from the first to the last.
+    """What a machine's checkpoints cost.
 
-    create, archive -- seconds each
-    start -- seconds of the machine's start, with the first and with all checkpoints
-    memory -- MiB of the running QEMU's, likewise, and of the restarted one's
+    create, archive, start -- seconds each
+    processor -- of each create, seconds of processor time: of this process, libvirtd and QEMU
+    command -- seconds of creates by the command line
+    memory -- MiB of the running QEMU's, before the first new start
+    restarted -- and after each
     """
 
     create: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     archive: list[float] = field(default_factory=list)
+    command: list[float] = field(default_factory=list)
     start: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
     restarted: list[float] = field(default_factory=list)
 
 
 class Grown:
-    """A machine, and how it gets a checkpoint."""
+    """A machine, and how it gets a checkpoint.
 
-    def __init__(self, machine: Machine, create: Callable[[str], object]) -> None:
+    archived -- the domain that old bitmaps are let go of after each checkpoint; None: they stay
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        create: Callable[[str], object],
+        archived: Domain | None = None,
+    ) -> None:
         self.machine = machine
         self.course = Course()
+        self.made = 0
         self._create = create
+        self._archived = archived
         self._device = machine.device("vda")
 
-    def write(self, number: int) -> None:
-        """What goes into interval `number`; without data, which bitmaps do not care for."""
+    def write(self) -> None:
+        """What goes into the next interval; without data, which bitmaps do not care for."""
         for write in range(WRITES):
-            offset = (number * WRITES + write) * 2 * GRANULE
+            offset = (self.made * WRITES + write) * 2 * GRANULE
             self.machine.hmp(f'qemu-io -d {self._device} "write -z {offset} 4096"')
 
-    def create(self, name: str) -> None:
-        """Make one checkpoint."""
-        self.course.create.append(_seconds(lambda: self._create(name)))
+    def grow(self) -> None:
+        """Write, make one checkpoint, and archive."""
+        self.write()
+        begun = self._processor()
+        self.course.create.append(_seconds(lambda: self._create(name(self.made))))
+        self.course.processor.append(self._processor() - begun)
+        self.made += 1
+        if self._archived is not None:
+            domain = self._archived
+            self.course.archive.append(_seconds(lambda: domain.archive(keep=1)))
 
-    def weigh(self) -> None:
+    def _processor(self) -> float:
+        stand = self.machine.stand
+        others = [self.machine.pid, *([stand.pid] if isinstance(stand, Daemon) else [])]
+        return time.process_time() + sum(map(processor, others))
+
+    def grow_by(self, command: Sequence[str | Path]) -> None:
+        """The same by a command, to which the checkpoint's name is added."""
+        self.write()
+        self.course.command.append(costs([*command, name(self.made)]).seconds)
+        self.made += 1
+        if self._archived is not None:
+            self._archived.archive(keep=1)
+
+    def start(self) -> None:
         """Take the memory, and start the machine anew."""
         self.course.memory.append(memory(self.machine.pid))
         self.machine.stop()
@@ -78,16 +120,11 @@ class Grown:
         self.course.restarted.append(memory(self.machine.pid))
 
 
-def grow(ours: Grown, domain: ckptmgr.Domain, plain: Grown, count: int) -> None:
-    """Make `count` checkpoints on both machines, in turns."""
-    for number in range(count):
-        for each in (ours, plain):
-            each.write(number)
-            each.create(name(number))
-        ours.course.archive.append(_seconds(lambda: domain.archive(keep=1)))
-        if number in (0, count - 1):
-            for each in (ours, plain):
-                each.weigh()
+def in_turns(rounds: int, machines: Sequence[Grown], do: Callable[[Grown], None]) -> None:
+    """Do something with each machine, again and again; every other round in reverse order."""
+    for number in range(rounds):
+        for each in machines if number % 2 else machines[::-1]:
+            do(each)
 
 
 def name(number: int) -> str:
@@ -120,12 +157,21 @@ def _seconds(call: Callable[[], object]) -> float:
 # --- commands ---------------------------------------------------------------------------------
 
 
-def costs(command: Sequence[str | Path]) -> tuple[float, float]:
-    """Seconds that a command takes and the most memory it holds, in MiB; its output is dropped.
+@dataclass(frozen=True)
+class Cost:
+    """Seconds by the clock and of processor time, and the most memory that is held, in MiB."""
+
+    seconds: float
+    processor: float
+    memory: float
+
+
+def costs(command: Sequence[str | Path]) -> Cost:
+    """What a command costs; its output is dropped.
 
     The memory is looked up again and again: what wait4 tells has that of its parent in it.
     """
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), _used()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     most = 0.0
     while process.poll() is None:
@@ -134,7 +180,13 @@ def costs(command: Sequence[str | Path]) -> tuple[float, float]:
         time.sleep(0.003)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return time.perf_counter() - begun, most
+    return Cost(time.perf_counter() - begun, _used() - used, most)
+
+
+def _used() -> float:
+    """Processor time of the commands that ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @contextlib.contextmanager
@@ -166,7 +218,7 @@ def served(image: Path, bitmap: str) -> Iterator[str]:
             process.wait()
 
 
-def beside(image: Path, bitmap: str) -> dict[str, tuple[float, float]]:
+def beside(image: Path, bitmap: str) -> dict[str, Cost]:
     """What nbdinfo and qemu-img take for a bitmap of an image."""
     context = f"qemu:dirty-bitmap:{bitmap}"
     with served(image, bitmap) as socket:
@@ -217,47 +269,84 @@ def main() -> None:
         stand.close()
 
 
+def _command(stand: Daemon, store: Path, *words: str) -> list[str | Path]:
+    connected = ["-c", stand.uri, "--store", str(store), "--quiet"]
+    return [sys.executable, "-m", "ckptmgr", *connected, *words]
+
+
 def _diff(stand: Daemon, store: Path, *words: str) -> list[str | Path]:
-    connected = ["-c", stand.uri, "--store", str(store)]
-    return [sys.executable, "-m", "ckptmgr", *connected, "--json", "diff", "--extents", *words]
+    return _command(stand, store, "--json", "diff", "--extents", *words)
 
 
 def _long(stand: Daemon, count: int) -> Iterator[str]:
     store = stand.workspace.folder("store")
-    machine, other = Machine(stand, (disk(count),)), Machine(stand, (disk(count),))
-    with ckptmgr.connect(stand.uri, store=store, engine="libvirt") as host:
-        domain = host.domain(machine.name)
-        bare = Bare(other.domain, stand.workspace.folder("bare"))
-        ours, plain = Grown(machine, domain.create), Grown(other, bare.create)
-        grow(ours, domain, plain, count)
-        folder = store / domain.view.uuid
-    yield f"{count} checkpoints on a machine, first against last:"
-    yield ""
-    yield "| | first | last | ratio |"
-    yield "|---|---:|---:|---:|"
-    rows = (
-        ("create, ms", ours.course.create, 1000),
-        ("archive --keep 1, ms", ours.course.archive[1:], 1000),
-        ("libvirt alone: checkpointCreateXML, ms", plain.course.create, 1000),
-    )
-    for what, seconds, unit in rows:
+    rounds, starts = min(ROUNDS, count // 2), min(STARTS, count // 2)
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(ckptmgr.connect(stand.uri, store=store, engine="libvirt"))
+
+        def made(size: int) -> tuple[Grown, Grown]:
+            machines = Machine(stand, (disk(size),)), Machine(stand, (disk(size),))
+            for each in machines:
+                stack.callback(each.destroy)
+            domain = host.domain(machines[0].name)
+            bare = Bare(machines[1].domain, stand.workspace.folder("bare"))
+            return Grown(machines[0], domain.create, domain), Grown(machines[1], bare.create)
+
+        old = made(count)
+        in_turns(count - rounds - starts, old, Grown.grow)
         # The first checkpoint ends no interval.
-        first, last = seconds[1 : AT_ENDS + 1], seconds[-AT_ENDS:]
-        yield _row(what, unit * statistics.median(first), unit * statistics.median(last))
-    for whose, course in (("", ours.course), ("libvirt alone: ", plain.course)):
-        yield _row(f"{whose}start of the machine, s", *course.start)
-        yield _row(f"{whose}memory of QEMU, MiB", *course.memory)
-        yield _row(f"{whose}the same after a new start, MiB", *course.restarted)
+        young = made(count)
+        in_turns(1, young, Grown.grow)
+        for each in (*old, *young):
+            each.course = Course()
+        in_turns(rounds, (*old, *young), Grown.grow)
+
+        def by_command(each: Grown) -> None:
+            each.grow_by(_command(stand, store, "create", each.machine.name))
+
+        in_turns(starts, (old[0], young[0]), by_command)
+        in_turns(starts, old[1:], Grown.grow)
+        in_turns(starts, (*old, *young), Grown.start)
+        yield from _compared(old, young)
+        size = stored(store / host.domain(old[0].machine.name).view.uuid)
+        yield f"The store: {size / old[0].made / 1024:.1f} KiB a checkpoint."
+        yield ""
+        for each in old:
+            each.machine.stop()
+        span = (old[0].machine.name, name(0), name(count - 1))
+        commands = {f"ckptmgr diff, {count - 1} intervals": costs(_diff(stand, store, *span))}
+        commands |= beside(old[1].machine.images["vda"], name(0))
+        yield from _commands(commands)
+
+
+def _compared(old: tuple[Grown, Grown], young: tuple[Grown, Grown]) -> Iterator[str]:
+    yield f"| checkpoints | {young[0].made} | {old[0].made} | ratio |"
+    yield "|---|---:|---:|---:|"
+    ours, plain = (young[0].course, old[0].course), (young[1].course, old[1].course)
+
+    def row(
+        what: str,
+        courses: tuple[Course, Course],
+        column: Callable[[Course], list[float]],
+        typical: Callable[[list[float]], float] = statistics.median,
+    ) -> str:
+        few, many = (typical(column(course)) for course in courses)
+        scale = 1 if "MiB" in what else 1000
+        return f"| {what} | {few * scale:.1f} | {many * scale:.1f} | {many / few:.2f} |"
+
+    yield row("create, ms", ours, lambda course: course.create)
+    of_all = "its processor time, ms: ckptmgr, libvirtd, QEMU"  # counted in steps of 10 ms
+    yield row(of_all, ours, lambda course: course.processor, statistics.mean)
+    yield row("archive --keep 1, ms", ours, lambda course: course.archive)
+    yield row("`ckptmgr create`, the command, ms", ours, lambda course: course.command)
+    yield row("libvirt alone: checkpointCreateXML, ms", plain, lambda course: course.create)
+    yield row("its processor time, ms", plain, lambda course: course.processor, statistics.mean)
+    for whose, courses in (("", ours), ("libvirt alone: ", plain)):
+        yield row(f"{whose}start of the machine, ms", courses, lambda course: course.start)
+        yield row(f"{whose}memory of QEMU, MiB", courses, lambda course: course.memory[:1])
+        after = "the same after a new start, MiB"
+        yield row(f"{whose}{after}", courses, lambda course: course.restarted)
     yield ""
-    yield f"The store: {stored(folder) / count / 1024:.1f} KiB a checkpoint."
-    yield ""
-    other.stop()
-    span = (machine.name, name(0), name(count - 1))
-    commands = {f"ckptmgr diff, {count - 1} intervals": costs(_diff(stand, store, *span))}
-    commands |= beside(other.images["vda"], name(0))
-    yield from _commands(commands)
-    machine.destroy()
-    other.destroy()
 
 
 def _wide(stand: Daemon, extents: int) -> Iterator[str]:
@@ -277,15 +366,11 @@ def _wide(stand: Daemon, extents: int) -> Iterator[str]:
     machine.destroy()
 
 
-def _row(what: str, first: float, last: float) -> str:
-    return f"| {what} | {first:.1f} | {last:.1f} | {last / first:.2f} |"
-
-
-def _commands(found: dict[str, tuple[float, float]]) -> Iterator[str]:
-    yield "| command | s | MiB |"
-    yield "|---|---:|---:|"
-    for what, (seconds, held) in found.items():
-        yield f"| {what} | {seconds:.2f} | {held:.0f} |"
+def _commands(found: dict[str, Cost]) -> Iterator[str]:
+    yield "| command | s | CPU s | MiB |"
+    yield "|---|---:|---:|---:|"
+    for what, cost in found.items():
+        yield f"| {what} | {cost.seconds:.2f} | {cost.processor:.2f} | {cost.memory:.0f} |"
 
 
 if __name__ == "__main__":

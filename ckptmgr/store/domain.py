@@ -95,7 +95,7 @@ class DomainStore:
         """
         files.make_folder(self.path)
         files.is_folder(self.path)
-        with lock.held(self.path / "lock", timeout, f"domain {self.uuid}"):
+        with lock.held(self.path / "lock", timeout, "its history"):
             self._locked = True
             try:
                 yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pytest
 
 from integration.command import CommandLine, Ran
 from integration.evidence import everything, unchanged
-from integration.stand import MIB, Daemon, DiskSpec, Machine
+from integration.stand import MIB, Daemon, DiskSpec, Machine, await_greeting
 
 DISKS = (
     DiskSpec("vda", size=MIB),
@@ -266,13 +265,7 @@ def in_use(image: Path, *, read_only: bool) -> Iterator[None]:
     options = ["-r"] if read_only else []
     server = subprocess.Popen(["qemu-nbd", "-t", "-f", "qcow2", *options, "-k", path, image])
     try:
-        while not path.exists():
-            assert server.poll() is None
-            time.sleep(0.01)
-        # Greeted, it takes signals: a SIGTERM that comes while it starts is lost (QEMU 7.2).
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(path))
-            assert client.recv(8) == b"NBDMAGIC"
+        await_greeting(path, server)
         yield
         # It has to close the image: all bitmaps of one that is killed are lost.
         server.terminate()

@@ -41,7 +41,7 @@ from ckptmgr.plan.request import (
 )
 from ckptmgr.plan.steps import CheckpointRedefine, Export, ImageBitmap, Plan, Step
 from integration.conftest import MakeMachine
-from integration.stand import MIB, Daemon, DiskSpec, Machine, Stand, rounded
+from integration.stand import MIB, Daemon, DiskSpec, Machine, Stand, await_greeting, rounded
 
 LIBVIRT, MONITOR, OFFLINE = EngineName.LIBVIRT, EngineName.MONITOR, EngineName.OFFLINE
 ENGINES = {LIBVIRT: LibvirtEngine, MONITOR: MonitorEngine, OFFLINE: OfflineEngine}
@@ -442,9 +442,7 @@ class holding:  # noqa: N801 -- used like a function
 
     def __enter__(self) -> None:
         self.process = subprocess.Popen(self.command)
-        while not self.socket.exists():
-            assert self.process.poll() is None
-            time.sleep(0.01)
+        await_greeting(self.socket, self.process)
 
     def __exit__(self, *_: object) -> None:
         # a SIGTERM that comes while qemu-nbd starts is lost (QEMU 7.2)

@@ -16,7 +16,7 @@ from ckptmgr.backup.block import BLOCK
 from ckptmgr.backup.catalogue import Catalogue
 from ckptmgr.engine.qemu_img import image_name
 from integration.conftest import MakeMachine
-from integration.stand import DiskSpec
+from integration.stand import DiskSpec, await_greeting
 from integration.test_backup import Backups
 from tests.restorable import content, restorable
 
@@ -135,8 +135,7 @@ def test_a_volume_that_is_in_use_or_too_small_is_refused(
         ["qemu-nbd", "--persistent", "--socket", socket, "--", image_name(str(used), "raw")]
     )
     try:
-        while not socket.exists():
-            assert server.poll() is None
+        await_greeting(socket, server)
         with pytest.raises(ckptmgr.Busy, match="in use"):
             catalogue.restore("web", "monday", onto={"vda": used})
     finally:

@@ -35,7 +35,16 @@ from integration.branch_model import Branches
 from integration.conftest import MakeMachine
 from integration.evidence import bitmaps, known, unchanged
 from integration.kill import END, Task, Warm
-from integration.stand import MIB, Daemon, DiskSpec, Guest, Machine, Stand, Workspace
+from integration.stand import (
+    MIB,
+    Daemon,
+    DiskSpec,
+    Guest,
+    Machine,
+    Stand,
+    Workspace,
+    await_greeting,
+)
 
 DISKS = (DiskSpec("vda", size=4 * MIB + 1536), DiskSpec("vdb", size=4 * MIB, backing=("qcow2",)))
 
@@ -858,11 +867,9 @@ def test_an_image_that_has_left_the_chain_with_a_bitmap_of_others_is_refused(
             scene.domain.revert_snapshot("s1")
         subprocess.run(["qemu-img", "bitmap", "--remove", str(old), name], check=True)
     with subprocess.Popen(
-        ["qemu-nbd", "-r", "-k", str(old.with_suffix(".sock")), str(old)]
+        ["qemu-nbd", "-r", "-t", "-f", "qcow2", "-k", str(old.with_suffix(".sock")), str(old)]
     ) as server:
-        deadline = time.monotonic() + 30
-        while not old.with_suffix(".sock").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        await_greeting(old.with_suffix(".sock"), server)
         with unchanged(scene.machine, scene.store), pytest.raises(Busy):
             scene.domain.revert_snapshot("s1")
         server.kill()

@@ -5,7 +5,7 @@ to have a private libvirt, ``Machine`` is a domain of one of them with its image
 """
 
 from .guest import Guest
-from .images import MIB, DiskSpec, rounded
+from .images import MIB, DiskSpec, await_greeting, rounded
 from .libvirts import Daemon, Embedded, Stand, StandError, System, private_mounts
 from .machine import Machine
 from .orphans import adopt
@@ -23,6 +23,7 @@ __all__ = [
     "System",
     "Workspace",
     "adopt",
+    "await_greeting",
     "private_mounts",
     "reap",
     "rounded",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +78,24 @@ def info(image: Path) -> dict[str, Any]:
     done = subprocess.run(command, check=True, capture_output=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def await_greeting(path: Path, server: subprocess.Popen[Any]) -> None:
+    """Wait until a persistent qemu-nbd has its image open.
+
+    It makes its socket before that, and greets after it.  Then it takes signals, too: a SIGTERM
+    that comes while it starts is lost (QEMU 7.2).
+    """
+    while True:
+        assert server.poll() is None
+        with socket.socket(socket.AF_UNIX) as client:
+            try:
+                client.connect(str(path))
+            except (FileNotFoundError, ConnectionRefusedError):
+                time.sleep(0.01)  # not made yet, or left by another
+            else:
+                assert client.recv(8) == b"NBDMAGIC"
+                return
 
 
 def rounded(

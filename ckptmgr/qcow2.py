@@ -218,6 +218,8 @@ def _extensions(data: bytes, offset: int, end: int) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     while offset + 8 <= min(end, len(data)):
         kind, length = struct.unpack_from(">II", data, offset)
+        if offset + 8 + length > end:
+            raise Malformed("an extension is longer than the header")
         if kind == _END:
             break
         found[kind] = _part(data, offset + 8, length)
@@ -245,7 +247,9 @@ def _bitmap_directory(data: bytes | None) -> BitmapDirectory | None:
         return None
     if len(data) != 24:
         raise Malformed("the bitmaps extension has another length")
-    count, _, size, offset = struct.unpack(">IIQQ", data)
+    count, reserved, size, offset = struct.unpack(">IIQQ", data)
+    if not 0 < count <= _BITMAPS_MAX or reserved:
+        raise Malformed(f"{count} bitmaps")
     return BitmapDirectory(count, size, offset)
 
 
@@ -255,10 +259,16 @@ def _padded(length: int) -> int:
 
 # --- bitmaps and snapshots -----------------------------------------------------------------------
 
+_BITMAPS_MAX = 65535  # QCOW2_MAX_BITMAPS
+_DIRECTORY_MAX = 1024 * _BITMAPS_MAX
 _SNAPSHOTS_MAX = 65536  # QCOW_MAX_SNAPSHOTS
+_SNAPSHOTS_READ = 64 << 20  # of 1 GiB that QEMU allows, of which names are little
+_EXTRA_MAX = 1024  # QCOW_MAX_SNAPSHOT_EXTRA_DATA
 _BITMAP = struct.Struct(">QIIBBHI")
 _IN_USE = 1 << 0
 _AUTO = 1 << 1
+_ALL_ONES = 1  # in a bitmap's table, where no cluster is
+_TABLE_MAX = 1 << 17  # entries of a bitmap's table; QEMU allows a thousand times that
 _TRACKING = 1  # the only type of bitmap
 
 
@@ -267,14 +277,50 @@ class BitmapEntry:
     """An entry of the directory of bitmaps.
 
     granularity -- in bytes
+    table_offset, table_length -- of the table of its clusters, in bytes and in entries
     in_use -- it was not saved when the image was last written: its contents are worthless
     auto -- it records when the image is opened for writing
     """
 
     name: str
     granularity: int
+    table_offset: int
+    table_length: int
     in_use: bool
     auto: bool
+
+
+def read_bitmaps(descriptor: int, header: Header) -> tuple[BitmapEntry, ...]:
+    """The bitmaps of an open image, in the order of their directory.
+
+    Raises OSError, and Malformed for whatever QEMU would not open.
+    """
+    where = header.bitmaps
+    if where is None:
+        return ()
+    if where.size > _DIRECTORY_MAX or where.offset % header.cluster_size:
+        raise Malformed("the directory of bitmaps is where none can be")
+    entries = parse_bitmaps(read(descriptor, where.size, where.offset), where.count)
+    for entry in entries:
+        if not entry.in_use:  # of others QEMU looks at nothing more
+            _check_bitmap(descriptor, header, entry)
+    return entries
+
+
+def _check_bitmap(descriptor: int, header: Header, entry: BitmapEntry) -> None:
+    """See that the bitmap has as many clusters as it needs, and that its table names clusters."""
+    words = -(-header.size // entry.granularity // 64)
+    clusters = -(-words * 8 // header.cluster_size)
+    if entry.table_length != clusters or clusters > _TABLE_MAX:
+        raise Malformed(f"the table of bitmap {entry.name!r} has another length")
+    data = read(descriptor, 8 * clusters, entry.table_offset)
+    if len(data) != 8 * clusters or entry.table_offset % header.cluster_size:
+        raise Malformed(f"the table of bitmap {entry.name!r} is cut off")
+    end = os.fstat(descriptor).st_size
+    for where in unpack_table(data):
+        inside = not where % header.cluster_size and where + header.cluster_size <= end
+        if not (inside or where == _ALL_ONES):
+            raise Malformed(f"the table of bitmap {entry.name!r} names what is no cluster")
 
 
 def parse_bitmaps(data: bytes, count: int) -> tuple[BitmapEntry, ...]:
@@ -290,17 +336,29 @@ def parse_bitmaps(data: bytes, count: int) -> tuple[BitmapEntry, ...]:
     while position < len(data):
         if position + _BITMAP.size > len(data):
             raise Malformed("the directory of bitmaps is cut off")
-        _, _, flags, kind, bits, length, extra = _BITMAP.unpack_from(data, position)
+        fields = _BITMAP.unpack_from(data, position)
+        table_at, table_length, flags, kind, bits, length, extra = fields
         name = _name(_part(data, position + _BITMAP.size, length))
         if flags & ~(_IN_USE | _AUTO) or kind != _TRACKING or extra or not 9 <= bits <= 31:
             raise Malformed(f"bitmap {name!r} is of an unknown kind")
-        if name is None:
-            raise Malformed("a bitmap has no name")
-        found.append(BitmapEntry(name, 1 << bits, bool(flags & _IN_USE), bool(flags & _AUTO)))
+        if name is None or not table_at or not table_length:
+            raise Malformed("a bitmap has no name or no table")
+        in_use, auto = bool(flags & _IN_USE), bool(flags & _AUTO)
+        found.append(BitmapEntry(name, 1 << bits, table_at, table_length, in_use, auto))
         position += _padded(_BITMAP.size + length)
     if position != len(data) or len(found) != count:
         raise Malformed("the directory of bitmaps has another length")
     return tuple(found)
+
+
+def read_snapshots(descriptor: int, header: Header) -> frozenset[str]:
+    """The names of an open image's internal snapshots.  Raises OSError, Malformed."""
+    if not header.snapshots:
+        return frozenset()
+    if header.snapshots > _SNAPSHOTS_MAX:
+        raise Malformed(f"{header.snapshots} snapshots")
+    length = min(_SNAPSHOTS_READ, 4096 * header.snapshots)
+    return parse_snapshots(read(descriptor, length, header.snapshots_offset), header.snapshots)
 
 
 def parse_snapshots(data: bytes, count: int) -> frozenset[str]:
@@ -312,8 +370,6 @@ def parse_snapshots(data: bytes, count: int) -> frozenset[str]:
 
     Raises Malformed.
     """
-    if count > _SNAPSHOTS_MAX:
-        raise Malformed(f"{count} snapshots")
     names = []
     position = 0
     for _ in range(count):
@@ -323,7 +379,7 @@ def parse_snapshots(data: bytes, count: int) -> frozenset[str]:
         except struct.error:
             raise Malformed("the snapshot table is cut off") from None
         start = position + 40 + extra + id_length
-        if start + name_length > len(data):
+        if extra > _EXTRA_MAX or start + name_length > len(data):
             raise Malformed("the snapshot table is cut off")
         names.append(os.fsdecode(data[start : start + name_length]))
         position = _padded(start + name_length)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptmgr.domain.images import parse_chain, raw_size, read_header
+from ckptmgr.domain.chain import parse_chain
+from ckptmgr.domain.images import raw_size, read_header
 from ckptmgr.errors import OperationFailed
 from ckptmgr.qcow2 import Header
 

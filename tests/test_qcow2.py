@@ -158,9 +158,9 @@ def entry(name: bytes, flags: int = 0, bits: int = 16, kind: int = 1, extra: byt
 def test_flags_in_the_directory_of_bitmaps() -> None:
     data = entry(b"on", 2) + entry(b"off", bits=9) + entry("zerrissen é".encode(), 3)
     assert parse_bitmaps(data, 3) == (
-        BitmapEntry("on", 65536, in_use=False, auto=True),
-        BitmapEntry("off", 512, in_use=False, auto=False),
-        BitmapEntry("zerrissen é", 65536, in_use=True, auto=True),
+        BitmapEntry("on", 65536, 1 << 20, 1, in_use=False, auto=True),
+        BitmapEntry("off", 512, 1 << 20, 1, in_use=False, auto=False),
+        BitmapEntry("zerrissen é", 65536, 1 << 20, 1, in_use=True, auto=True),
     )
 
 

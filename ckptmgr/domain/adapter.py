@@ -17,6 +17,7 @@ from ..xml import parse
 from . import agent, images, nodes, support
 from .binding import libvirt
 from .bitmaps import parse_layers
+from .chain import read_chain
 from .definition import without_secrets
 from .disk import Disk, DiskLayers, Image, Layer
 from .disks import parse_capabilities, parse_disks
@@ -154,7 +155,7 @@ class DomainAdapter:
                 header = images.read_header(top.path)
                 if header is not None and header.backing_file is None:
                     return replace(disk, chain_known=True)
-            layers = images.read_chain(top.path, top.format)
+            layers = read_chain(top.path, top.format)
         except (OSError, OperationFailed) as error:
             log.info("disk %s: the backing chain is not known: %s", disk.target, error)
             return disk
@@ -280,7 +281,7 @@ class DomainAdapter:
         if not self.connection.local or disk.top.path is None:
             return ()
         try:
-            layers = images.read_chain(disk.top.path, disk.top.format or "raw")
+            layers = read_chain(disk.top.path, disk.top.format or "raw")
         except OperationFailed as error:
             if disk.read_only:
                 return ()

@@ -19,9 +19,10 @@ from lxml import etree
 from ..branch import agrees, resolve
 from ..checkpoint import State, archived
 from ..dirtymap import DirtyMap
+from ..domain.chain import read_chain
 from ..domain.disk import Disk, DiskLayers
 from ..domain.disks import parse_disks
-from ..domain.images import internal_snapshots, read_chain
+from ..domain.images import internal_snapshots
 from ..errors import BitmapBroken, Busy, InvalidDocument, OperationFailed
 from ..history import History
 from ..marker import Marker, parse_marker

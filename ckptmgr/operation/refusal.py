@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..branch import resolve, written_since
 from ..checkpoint import EngineName
+from ..domain.chain import read_chain
 from ..domain.disk import DiskLayers
-from ..domain.images import internal_snapshots, read_chain
+from ..domain.images import internal_snapshots
 from ..domain.job import backup_job, block_jobs
 from ..domain.known import known_names
 from ..domain.snapshots import reverts_external, reverts_in_place

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from ..checkpoint import EngineName, State
 from ..dirtymap import DirtyMap
+from ..domain.chain import read_chain
 from ..domain.disk import Bitmap, DiskLayers
-from ..domain.images import read_chain
 from ..errors import CkptmgrError, Unsupported
 from ..history import History
 from ..plan import planner

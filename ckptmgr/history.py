@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from .checkpoint import Checkpoint, Interval
 from .errors import CheckpointExists, NoCheckpoint
+from .tree import Tree, tree
 
 
 @dataclass(frozen=True)
@@ -99,45 +100,41 @@ class History:
     def parent(self, name: str) -> str | None:
         """The parent of `name`, if it is there; None for a root."""
         self.get(name)
-        return self._parents[name]
+        return self._tree.parents[name]
 
     def children(self, name: str) -> tuple[str, ...]:
         """The checkpoints made after `name`, by time of creation."""
         self.get(name)
-        return self._children[name]
+        return self._tree.children[name]
 
     def roots(self) -> tuple[str, ...]:
         """The checkpoints without a parent, or whose parent is not there, by time of creation."""
-        return self._children[None]
+        return self._tree.children[None]
 
     def leaves(self) -> tuple[str, ...]:
         """The checkpoints without children, in topological order."""
-        return tuple(name for name in self.topological() if not self._children[name])
+        return self._tree.leaves
 
     def newest(self) -> str | None:
         """The leaf that was made last; None where there is no checkpoint."""
-        order = {name: place for place, name in enumerate(self._order)}
+        order = {name: place for place, name in enumerate(self._tree.order)}
         return max(
             self.leaves(), key=lambda name: (self.get(name).created, order[name]), default=None
         )
 
     def topological(self) -> tuple[str, ...]:
         """All of them depth first, parents before children, siblings by time of creation."""
-        return self._order
+        return self._tree.order
 
     def ancestors(self, name: str) -> tuple[str, ...]:
         """The parent of `name`, its parent, and so on up to a root."""
-        found = []
-        above = self.parent(name)
-        while above is not None:
-            found.append(above)
-            above = self._parents[above]
-        return tuple(found)
+        self.get(name)
+        return self._tree.ancestors(name)
 
     def descendants(self, name: str) -> tuple[str, ...]:
         """All that come after `name`, depth first, parents before children."""
         self.get(name)
-        return self._below(self._children[name])
+        return self._tree.descendants(name)
 
     @property
     def circular(self) -> tuple[str, ...]:
@@ -145,7 +142,7 @@ class History:
         return tuple(
             name
             for name, checkpoint in self.checkpoints.items()
-            if checkpoint.parent in self.checkpoints and self._parents[name] is None
+            if checkpoint.parent in self.checkpoints and self._tree.parents[name] is None
         )
 
     def add(self, checkpoint: Checkpoint, make_current: bool = True) -> History:
@@ -208,16 +205,16 @@ class History:
         kept = {name: point for name, point in self.checkpoints.items() if name not in gone}
         joins: list[Join] = []
         changed: dict[str, Checkpoint] = {}
-        for name in self._order:
+        for name in self._tree.order:
             if name not in gone:
                 point = self._without(gone, kept[name], joins)
                 if point != kept[name]:
                     changed[name] = point
         current = self.current
         while current in gone:
-            current = self._parents[current]
+            current = self._tree.parents[current]
         return Deletion(
-            removed=tuple(name for name in reversed(self._order) if name in gone),
+            removed=tuple(name for name in reversed(self._tree.order) if name in gone),
             changed=tuple(changed.values()),
             joins=tuple(joins),
             current=current,
@@ -227,47 +224,11 @@ class History:
     # --- how ---------------------------------------------------------------------------------
 
     @cached_property
-    def _parents(self) -> dict[str, str | None]:
-        """The parent of each checkpoint, None where it is not there or its own descendant."""
-        recorded = {
-            name: checkpoint.parent if checkpoint.parent in self.checkpoints else None
-            for name, checkpoint in self.checkpoints.items()
-        }
-        circular: set[str] = set()
-        done: set[str] = set()
-        for name in recorded:
-            line: dict[str, None] = {}
-            above: str | None = name
-            while above is not None and above not in done and above not in line:
-                line[above] = None
-                above = recorded[above]
-            if above in line:
-                walked = list(line)
-                circular.update(walked[walked.index(above) :])
-            done.update(line)
-        return {name: None if name in circular else recorded[name] for name in recorded}
-
-    @cached_property
-    def _children(self) -> dict[str | None, tuple[str, ...]]:
-        """The children of each checkpoint; of None, the roots."""
-        found: dict[str | None, list[str]] = {None: [], **{name: [] for name in self.checkpoints}}
-        for _, name in sorted((each.created, name) for name, each in self.checkpoints.items()):
-            found[self._parents[name]].append(name)
-        return {name: tuple(children) for name, children in found.items()}
-
-    @cached_property
-    def _order(self) -> tuple[str, ...]:
-        return self._below(self._children[None])
-
-    def _below(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """`names` and all below them, depth first; without recursion, lines can be long."""
-        found: list[str] = []
-        waiting = list(reversed(names))
-        while waiting:
-            name = waiting.pop()
-            found.append(name)
-            waiting.extend(reversed(self._children[name]))
-        return tuple(found)
+    def _tree(self) -> Tree:
+        return tree(
+            {name: each.parent for name, each in self.checkpoints.items()},
+            lambda name: self.checkpoints[name].created,
+        )
 
     def _interval(self, disk: str, name: str) -> Interval | None:
         """The interval of `disk` that `name` ends, if it is there and has one."""

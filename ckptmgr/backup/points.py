@@ -13,6 +13,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from ..errors import NoPoint, RepositoryDamaged
+from ..tree import Tree, tree
 from .manifest import Manifest, PointDisk
 
 
@@ -48,39 +49,29 @@ class Points:
     def parent(self, name: str) -> str | None:
         """The parent of `name` if it is there; None for a root."""
         self.get(name)
-        return self._parents[name]
+        return self._tree.parents[name]
 
     def ancestors(self, name: str) -> tuple[str, ...]:
         """The parent of `name`, its parent, and so on up to a root."""
-        found = []
-        above = self.parent(name)
-        while above is not None:
-            found.append(above)
-            above = self._parents[above]
-        return tuple(found)
+        self.get(name)
+        return self._tree.ancestors(name)
 
     def children(self, name: str) -> tuple[str, ...]:
         """The points made after `name`, by time."""
         self.get(name)
-        return self._children[name]
+        return self._tree.children[name]
 
     def roots(self) -> tuple[str, ...]:
         """The points whose parent is none or is not there, by time."""
-        return self._children[None]
+        return self._tree.children[None]
 
     def leaves(self) -> tuple[str, ...]:
         """The points without children, in topological order."""
-        return tuple(name for name in self.topological() if not self._children[name])
+        return self._tree.leaves
 
     def topological(self) -> tuple[str, ...]:
         """All of them depth first, parents before children, siblings by time."""
-        found: list[str] = []
-        waiting = list(reversed(self._children[None]))
-        while waiting:
-            name = waiting.pop()
-            found.append(name)
-            waiting.extend(reversed(self._children[name]))
-        return tuple(found)
+        return self._tree.order
 
     def by_time(self) -> tuple[str, ...]:
         """All of them, oldest first; those of one second with parents before their children."""
@@ -190,31 +181,13 @@ class Points:
         return {key: tuple(names) for key, names in found.items()}
 
     @cached_property
-    def _parents(self) -> dict[str, str | None]:
-        """The parent of each point, None where it is not there, another one or a descendant."""
-        recorded: dict[str, str | None] = {}
-        for name, each in self.manifests.items():
-            parent = None if each.parent is None else self.manifests.get(each.parent)
-            there = parent is not None and parent.id == each.parent_id
-            recorded[name] = each.parent if there else None
-        done: set[str] = set()
-        circular: set[str] = set()
-        for name in recorded:
-            line: dict[str, None] = {}
-            above: str | None = name
-            while above is not None and above not in done and above not in line:
-                line[above] = None
-                above = recorded[above]
-            if above in line:
-                walked = list(line)
-                circular.update(walked[walked.index(above) :])
-            done.update(line)
-        return {name: None if name in circular else above for name, above in recorded.items()}
+    def _tree(self) -> Tree:
+        return tree(
+            {name: self._parent(each) for name, each in self.manifests.items()},
+            lambda name: self.manifests[name].created,
+        )
 
-    @cached_property
-    def _children(self) -> dict[str | None, tuple[str, ...]]:
-        """The children of each point; of None, the roots."""
-        found: dict[str | None, list[str]] = {None: [], **{name: [] for name in self.manifests}}
-        for name in sorted(self.manifests, key=lambda name: (self.get(name).created, name)):
-            found[self._parents[name]].append(name)
-        return {name: tuple(children) for name, children in found.items()}
+    def _parent(self, manifest: Manifest) -> str | None:
+        """The parent that is recorded, if that is the point of this name."""
+        there = None if manifest.parent is None else self.manifests.get(manifest.parent)
+        return None if there is None or there.id != manifest.parent_id else manifest.parent

@@ -181,7 +181,7 @@ class Host:
 
     def domain(self, name: str) -> Domain:
         """The domain with that name, UUID or id.  Raises NoDomain."""
-        adapter = self._connection.domain(name)
+        adapter = DomainAdapter.find(self._connection, name)
         store = self._store.domain(adapter.uuid)
         return Domain(Session(adapter, store, self._settings, self._asked, _settled))
 

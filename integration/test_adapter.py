@@ -46,7 +46,7 @@ EVERY_KIND = (
 
 
 def adapt(vm: Machine) -> DomainAdapter:
-    return vm.stand.connection.domain(vm.name)
+    return DomainAdapter.find(vm.stand.connection, vm.name)
 
 
 def by_target(disks: tuple[Disk, ...]) -> dict[str, Disk]:
@@ -69,7 +69,7 @@ def test_a_domain_is_found_by_any_name_uuid_and_id(
     vm = make_vm_on(stand, name=name)
     uuid = vm.domain.UUIDString()
     for key in (name, uuid, uuid.upper(), str(vm.domain.ID())):
-        found = stand.connection.domain(key)
+        found = DomainAdapter.find(stand.connection, key)
         assert (found.name, found.uuid) == (name, uuid)
     assert name in stand.connection.domains()
     assert found.runtime_directory().is_dir()
@@ -80,7 +80,7 @@ def test_a_domain_is_found_by_any_name_uuid_and_id(
 @pytest.mark.parametrize("key", ["no such", "", "a\0b", "\udcff", "99999", "0" * 32])
 def test_an_unknown_domain_is_named(stand: Stand, key: str) -> None:
     with pytest.raises(NoDomain):
-        stand.connection.domain(key)
+        DomainAdapter.find(stand.connection, key)
 
 
 # --- disks ---------------------------------------------------------------------------------------
@@ -165,9 +165,9 @@ def test_secrets_are_in_the_definition_only_when_asked_for(
         assert "hunter2" in adapt(vm).definition(secure=True)
         vm.stop() if vm.active else None
     with connect(local.uri, read_only=True) as connection:
-        assert "hunter2" not in connection.domain(vm.name).definition()
+        assert "hunter2" not in DomainAdapter.find(connection, vm.name).definition()
         with pytest.raises(ReadOnlyConnection):
-            connection.domain(vm.name).definition(secure=True)
+            DomainAdapter.find(connection, vm.name).definition(secure=True)
 
 
 def test_the_definition_of_a_running_domain_has_a_disk_that_was_plugged_in(
@@ -471,7 +471,7 @@ def test_a_read_only_connection_reads_and_refuses_to_change(
 ) -> None:
     vm = make_vm()
     with connect(local.uri, read_only=True) as connection:
-        adapter = connection.domain(vm.name)
+        adapter = DomainAdapter.find(connection, vm.name)
         assert [disk.size for disk in adapter.disks()] == [64 * MIB]
         assert adapter.on_blockdev()
         assert adapter.marker() is None

@@ -59,7 +59,7 @@ class Driver:
 
     def __init__(self, machine: Machine, engine: EngineName) -> None:
         self.machine = machine
-        self.adapter: DomainAdapter = machine.stand.connection.domain(machine.name)
+        self.adapter: DomainAdapter = DomainAdapter.find(machine.stand.connection, machine.name)
         self.name = engine
         self.planner = planner(engine)
         self.engine: Engine = ENGINES[engine](self.adapter)
@@ -531,7 +531,7 @@ def test_the_image_of_a_running_machine_is_in_use(stand: Stand, make_vm_on: Make
     with pytest.raises(Busy):
         check_free("vda", image)
     with pytest.raises(Busy):
-        OfflineEngine(stand.connection.domain(machine.name)).run(
+        OfflineEngine(DomainAdapter.find(stand.connection, machine.name)).run(
             [ImageBitmap("vda", image, "add", "c0")]
         )
     machine.stop()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ckptmgr.checkpoint import EngineName
+from ckptmgr.domain.adapter import DomainAdapter
 from ckptmgr.domain.connection import connect
 from ckptmgr.engine.libvirt import LibvirtEngine
 from ckptmgr.plan import libvirt as planner
@@ -175,7 +176,7 @@ def test_without_the_right_certificate_nothing_is_read_and_nothing_is_left(
 def begun(machine: Machine, uri: str, server: TcpServer) -> None:
     """What is left of a command that was killed while it read: its job."""
     with connect(uri) as connection:
-        adapter = connection.domain(machine.name)
+        adapter = DomainAdapter.find(connection, machine.name)
         disk = ReadDisk("vda", "c0", scratch=str(machine.folder / "killed.scratch"))
         plan = planner.read(ReadRequest((disk,), server))
         LibvirtEngine(adapter).run(plan.steps[:1])

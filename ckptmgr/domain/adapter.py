@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from ..config import Driver
 from ..errors import CkptmgrError, GuestAgentFailed, NodeUnknown, OperationFailed, Unsupported
@@ -18,15 +18,13 @@ from . import agent, images, nodes, support
 from .binding import libvirt
 from .bitmaps import parse_layers
 from .chain import read_chain
+from .connection import Connection
 from .definition import without_secrets
 from .disk import Disk, DiskLayers, Image, Layer
 from .disks import parse_capabilities, parse_disks
 from .failure import translate
 from .marker import Marker, read_marker, write_marker
 from .monitor import CommandFailed, Monitor
-
-if TYPE_CHECKING:
-    from .connection import Connection
 
 log = logging.getLogger("ckptmgr")
 
@@ -48,6 +46,18 @@ class DomainAdapter:
         self.connection = connection
         self.handle = handle
         self.monitor = Monitor(handle, self.name, self.uuid)
+
+    @classmethod
+    def find(cls, connection: Connection, key: str) -> Self:
+        """The domain with this id (if it runs), UUID or name.  Raises NoDomain."""
+        return cls(connection, connection.lookup(key))
+
+    @classmethod
+    def define(cls, connection: Connection, definition: str) -> Self:
+        """A new domain, from its XML.  Raises InvalidDocument, OperationFailed."""
+        # Not validated: what another release of libvirt wrote need not be in this one's schema.
+        with translate("defining the domain"):
+            return cls(connection, connection.handle.defineXML(definition))
 
     @property
     def name(self) -> str:

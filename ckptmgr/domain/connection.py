@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from ..config import Driver
@@ -17,9 +17,6 @@ from ..errors import CkptmgrError, InvalidRequest, NoDomain, Unsupported
 from .binding import libvirt
 from .failure import translate
 from .support import Machine, parse_backup_feature
-
-if TYPE_CHECKING:
-    from .adapter import DomainAdapter
 
 _NO_DOMAIN = 42
 _NO_SUPPORT = 3
@@ -198,16 +195,10 @@ class Connection:
         """Whether the hypervisor's file system is this machine's."""
         return self.location.local
 
-    def domain(self, key: str) -> DomainAdapter:
-        """The domain with this id (if it runs), UUID or name; in this order, as in virsh.
-
-        Raises NoDomain.
+    def lookup(self, key: str) -> Any:
+        """libvirt's handle of the domain with this id (if it runs), UUID or name; in this order,
+        as in virsh.  Raises NoDomain.
         """
-        from .adapter import DomainAdapter
-
-        return DomainAdapter(self, self._lookup(key))
-
-    def _lookup(self, key: str) -> Any:
         if not key or "\0" in key or not _encodable(key):
             raise NoDomain(f"no domain can be called {key!r}")
         ways: list[Callable[[], Any]] = []
@@ -241,14 +232,6 @@ class Connection:
             )
             self._backup_features[machine] = parse_backup_feature(capabilities)
         return self._backup_features[machine]
-
-    def define(self, definition: str) -> DomainAdapter:
-        """A new domain, from its XML.  Raises InvalidDocument, OperationFailed."""
-        from .adapter import DomainAdapter
-
-        # Not validated: what another release of libvirt wrote need not be in this one's schema.
-        with translate("defining the domain"):
-            return DomainAdapter(self, self.handle.defineXML(definition))
 
     def domains(self) -> list[str]:
         """The names of all domains, sorted."""

@@ -82,7 +82,7 @@ def define(
     ):
         try:
             install(work.disks)
-            adapter = connection.define(prepared.redefinition.text)
+            adapter = DomainAdapter.define(connection, prepared.redefinition.text)
         except BaseException:
             for each in work.disks:
                 if each.temporary is not None and not each.temporary.exists():

@@ -14,10 +14,11 @@ import ckptmgr
 from ckptmgr import Retention
 from ckptmgr.backup import verification
 from ckptmgr.backup.digests import Digests
+from ckptmgr.backup.inspection import allocation_faults
 from ckptmgr.backup.manifest import PointFile
 from ckptmgr.backup.points import Points
 from ckptmgr.backup.repository import Damage, Loaded, Repository
-from ckptmgr.backup.verification import allocation_faults, structure
+from ckptmgr.backup.verification import structure
 from ckptmgr.cli import main
 
 from .repositories import UUID, commit, filled, identity, manifest, point_disk, write_digests

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from ..align import AlignedDisk, DiskRequest, align_disks
-from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State, check_name
+from ..align import DiskRequest, align_disks
+from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, check_name
 from ..dirtymap import DirtyMap
 from ..document import format_libvirt, format_request
-from ..domain.disk import Disk, DiskLayers
 from ..domain.known import is_known, known_names, known_time
 from ..errors import BitmapBroken, CheckpointExists, CkptmgrError, InvalidRequest
 from ..history import History
@@ -22,19 +21,17 @@ from ..plan.libvirt import DISCARD
 from ..plan.request import CreateDisk, CreateRequest, ServeDisk, UndoRequest
 from ..plan.steps import ImagesCheck, Plan, Server
 from ..store import Intent, Loaded
-from ..trust import doubt
 from ..views import CheckpointView
 from . import archive, projection
 from .listing import view
 from .pausing import while_standing
 from .session import Session, Workspace
+from .tracking import create_disk, recorded_disk, shown_disks
 
 log = logging.getLogger("ckptmgr")
 
 Served = Mapping[str, tuple[Server, str]]
 """Where the data of disks can be read: by target, the server and the name of the export."""
-
-NOT_READ = "the bitmap of {since} was missing or broken when {name} was made"
 
 
 @dataclass(frozen=True)
@@ -183,21 +180,26 @@ def prepare(
         )
     aligned = align_disks(name, session.disks, request.disks, engine)
     layers = session.layers(engine)
-    disks = {disk.target: disk for disk in session.disks}
     tracked = [
-        _create_disk(
-            loaded.history, choice, session.disks, layers.get(choice.target), workspace, unreadable
+        create_disk(
+            loaded.history,
+            choice,
+            session.disks,
+            layers.get(choice.target),
+            workspace.scratch(choice.target),
+            unreadable,
         )
         for choice in aligned
         if choice.bitmap is not None
     ]
+    disks = {disk.target: disk for disk in session.disks}
     checkpoint = Checkpoint(
         name=name,
         created=now,
         parent=loaded.history.current,
         engine=engine,
         disks=tuple(
-            _recorded_disk(
+            recorded_disk(
                 name, loaded.history, choice, disks[choice.target], layers.get(choice.target)
             )
             for choice in aligned
@@ -207,10 +209,29 @@ def prepare(
         point=None if copying is None else copying.point,
         generation=loaded.record.generation + 1,
     )
+    plan = _plan(session, loaded.history, request, checkpoint, tracked, workspace, copying)
+    notes = tuple(
+        f"disk {choice.target} is not tracked: {choice.reason}"
+        for choice in aligned
+        if choice.bitmap is None
+    )
+    return Creation(checkpoint, replace(plan, notes=(*plan.notes, *notes)))
+
+
+def _plan(
+    session: Session,
+    history: History,
+    request: Request,
+    checkpoint: Checkpoint,
+    tracked: list[CreateDisk],
+    workspace: Workspace,
+    copying: Copying | None,
+) -> Plan:
+    engine = session.choice.engine
     asked = CreateRequest(
-        name=name,
-        document=format_request(name, request.description, _shown_disks(checkpoint)),
-        redefinition=format_libvirt(projection.shown(session, loaded.history, checkpoint)),
+        name=checkpoint.name,
+        document=format_request(checkpoint.name, request.description, shown_disks(checkpoint)),
+        redefinition=format_libvirt(projection.shown(session, history, checkpoint)),
         disks=tuple(tracked),
         socket=workspace.address if engine is not EngineName.OFFLINE else None,
         tell_libvirt=session.tells_libvirt,
@@ -219,13 +240,8 @@ def prepare(
     )
     plan = planner(engine).create(asked)
     if engine is EngineName.LIBVIRT:
-        plan = projection.with_known(session, loaded.history, tracked, plan)
-    notes = tuple(
-        f"disk {choice.target} is not tracked: {choice.reason}"
-        for choice in aligned
-        if choice.bitmap is None
-    )
-    return Creation(checkpoint, replace(plan, notes=(*plan.notes, *notes)))
+        plan = projection.with_known(session, history, tracked, plan)
+    return plan
 
 
 def serve_disks(
@@ -423,76 +439,3 @@ def _free_name(session: Session, loaded: Loaded, asked: str | None, now: int) ->
             hint="choose another name, or take it over with `ckptmgr adopt`",
         )
     return asked
-
-
-def _create_disk(
-    history: History,
-    choice: AlignedDisk,
-    disks: Sequence[Disk],
-    layers: DiskLayers | None,
-    workspace: Workspace,
-    unreadable: frozenset[str],
-) -> CreateDisk:
-    since = _since(history, choice.target)
-    if (
-        since is None
-        or choice.target in unreadable
-        or not _readable(history, since, choice, disks, layers)
-    ):
-        return CreateDisk(choice.target, None, choice.persistent, layers=layers)
-    recorded = history.get(since).disk(choice.target)
-    return CreateDisk(
-        target=choice.target,
-        persistent=choice.persistent,
-        since=since,
-        since_granularity=recorded.granularity if recorded else None,
-        layers=layers,
-        scratch=workspace.scratch(choice.target),
-    )
-
-
-def _since(history: History, target: str) -> str | None:
-    return None if history.current is None else history.tracker(target, history.current)
-
-
-def _readable(
-    history: History,
-    since: str,
-    choice: AlignedDisk,
-    disks: Sequence[Disk],
-    layers: DiskLayers | None,
-) -> bool:
-    recorded = history.get(since).disk(choice.target)
-    if recorded is None or recorded.state is not State.RECORDING or doubt(recorded, disks):
-        return False
-    return layers is None or layers.broken(since) is None
-
-
-def _recorded_disk(
-    name: str, history: History, choice: AlignedDisk, disk: Disk, layers: DiskLayers | None
-) -> CheckpointDisk:
-    source = None if disk.empty else disk.top.source
-    if choice.bitmap is None:
-        return CheckpointDisk(choice.target, size=disk.size, source=source, reason=choice.reason)
-    since = _since(history, choice.target)
-    node = layers.layers[0].node if layers is not None else disk.format_node
-    return CheckpointDisk(
-        choice.target,
-        bitmap=choice.bitmap,
-        granularity=choice.granularity,
-        node=node,
-        persistent=choice.persistent,
-        size=disk.size,
-        source=source,
-        state=State.RECORDING,
-        interval=None
-        if since is None
-        else Interval(since, None, NOT_READ.format(since=since, name=name)),
-    )
-
-
-def _shown_disks(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    return [
-        (disk.name, "bitmap" if disk.bitmap is not None and disk.persistent else "no")
-        for disk in checkpoint.disks
-    ]

@@ -76,3 +76,9 @@ def to_text(element: etree._Element) -> str:
     etree.indent(shown, space="  ")
     text: str = etree.tostring(shown, encoding="unicode")
     return text + "\n"
+
+
+def serialized(element: etree._Element) -> str:
+    """The text of an element, without what stands behind it."""
+    text: str = etree.tostring(element, encoding="unicode", with_tail=False)
+    return text

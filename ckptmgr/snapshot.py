@@ -23,6 +23,9 @@ from .errors import InvalidDocument, InvalidRequest
 from .marker import Marker, parse_marker
 from .xml import NAMESPACE, parse, to_text
 
+NAME_MAX = 200
+"""Bytes in the name of a snapshot, at most; libvirt writes a file of that name and some more."""
+
 
 class Kind(StrEnum):
     """Where a snapshot keeps something."""
@@ -149,12 +152,23 @@ def with_state(text: str, state: str) -> str | None:
 
 
 def check_snapshot_name(name: str) -> str:
-    """Return `name` if libvirt takes it for a snapshot.  Raises InvalidRequest."""
-    if name and name.isprintable() and "/" not in name and not name.startswith("."):
+    """Return `name` if libvirt takes a snapshot of that name.  Raises InvalidRequest.
+
+    With a quotation mark or a backslash, libvirt 9.0 reports success and QEMU has taken nothing; a
+    long name is no longer that of a file when libvirt comes to write it.
+    """
+    if (
+        name.isprintable()
+        and not name.startswith(".")
+        and not set('/\\"') & set(name)
+        and 0 < len(name.encode(errors="replace")) <= NAME_MAX
+    ):
         return name
+    shown = name if len(name) <= 40 else name[:40] + "…"
     raise InvalidRequest(
-        f"{name!r} cannot be the name of a snapshot",
-        hint="it must be printable, without a slash, and must not start with a dot",
+        f"{shown!r} cannot be the name of a snapshot",
+        hint=f"it must be printable, of at most {NAME_MAX} bytes, without a slash, backslash or "
+        "quotation mark, and must not start with a dot",
     )
 
 

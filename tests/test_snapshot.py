@@ -152,12 +152,19 @@ def test_names_that_are_taken_are_ones_that_a_file_can_have(name: str) -> None:
     assert name
     assert "/" not in name
     assert not name.startswith(".")
+    assert len(f"{name}.xml.new".encode()) < 255
     assert parse(format_snapshot(name, None)).findtext("name") == name
 
 
-@pytest.mark.parametrize("name", ["", ".x", "a/b", "a\nb", "\x00"])
+@pytest.mark.parametrize("name", ["", ".x", "a/b", "a\nb", "\x00", "n" * 201, "ü" * 101])
 def test_names_that_libvirt_would_not_take_are_refused(name: str) -> None:
     with pytest.raises(InvalidRequest):
+        check_snapshot_name(name)
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b"])
+def test_names_with_which_libvirt_reports_a_snapshot_that_qemu_did_not_take(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="cannot be the name"):
         check_snapshot_name(name)
 
 

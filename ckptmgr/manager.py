@@ -103,6 +103,8 @@ class BackupOptions(TypedDict, total=False):
     quiesce -- freeze the guest's file systems for that instant; default: if its agent is there
     pause -- have the guest stand still for that instant
     limit -- bytes per second; default: none
+    new -- begin anew where there were restore points that are not there any more; default: refuse,
+           since their file system may just not be mounted
     """
 
     full: bool
@@ -111,6 +113,7 @@ class BackupOptions(TypedDict, total=False):
     quiesce: bool | None
     pause: bool
     limit: int | None
+    new: bool
 
 
 def _backup_request(
@@ -128,6 +131,7 @@ def _backup_request(
         quiesce=options.get("quiesce"),
         pause=options.get("pause", False),
         limit=limit,
+        new=options.get("new", False),
     )
 
 

@@ -299,3 +299,65 @@ def test_a_target_that_goes_away_in_the_middle(how: str, backups: MakeBackups, s
     finally:
         if how == "unmounted":
             subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(small)], check=True)
+
+
+@contextmanager
+def bound(folder: Path, at: Path) -> Iterator[None]:
+    """A file system that is mounted; what is written to it is in `folder`."""
+    subprocess.run(["mount", "--bind", str(folder), str(at)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+def test_where_nothing_is_mounted_no_new_repository_begins_unnoticed(
+    daemon: Daemon, make_vm_on: MakeMachine, tmp_path: Path
+) -> None:
+    """Neither of the domain that had its points there, nor of another one's first."""
+    mine, other = (
+        Backups(make_vm_on(daemon, [DiskSpec("vda", size=MIB)], state="running"), tmp_path)
+        for _ in range(2)
+    )
+    volume, mount = tmp_path / "volume", tmp_path / "mnt"
+    for folder in (volume, mount):
+        folder.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(mount)
+    for each in (mine, other):
+        each.repository = mount
+    with bound(volume, mount):
+        first = mine.take("first")
+    mine.scatter(1)
+    for vm in (mine, other):
+        before = everything(vm.machine, vm.store)
+        for place in (mount, link):
+            for options in ({}, {"full": True}):
+                with pytest.raises(ckptmgr.RepositoryFailed, match="there are none now") as caught:
+                    vm.take("second", repository=place, **options)
+                assert mine.machine.name in caught.value.message
+                assert "mounted" in str(caught.value.hint)
+                assert "--new" in str(caught.value.hint)
+        with vm.domain() as domain, pytest.raises(ckptmgr.RepositoryFailed):
+            domain.plan_backup(mount)
+        assert list(mount.iterdir()) == []
+        assert everything(vm.machine, vm.store) == before
+    mount.rmdir()  # as where the system mounts on demand
+    with pytest.raises(ckptmgr.RepositoryFailed, match="there are none now"):
+        mine.take("second")
+    assert not mount.exists()
+    mount.mkdir()
+    with bound(volume, mount):
+        other.take("theirs")
+        second = mine.take("second")
+        assert (second.parent, second.disks[0].reason) == ("first", None)
+        mine.check(first, second)
+    # It is meant: then there is one, and from then on it needs no word of it.
+    anew = mine.take("anew", new=True)
+    assert anew.disks[0].mode == "full"
+    mine.scatter(2)
+    on_it = mine.take("on-it")
+    assert on_it.disks[0].mode == "incremental"
+    mine.check(anew, on_it)
+    for vm in (mine, other):
+        clean(vm)

@@ -25,6 +25,7 @@ records = st.builds(
     st.dictionaries(names, st.none() | names, max_size=4),
     st.none() | names,
     st.none() | st.integers(0, 9999),
+    st.dictionaries(st.text(max_size=20), st.uuids().map(str), max_size=3),
 )
 
 
@@ -52,6 +53,7 @@ ODD: dict[str, Any] = {
     "moved": [[], {"c1": 3}, {"c1": "a/b"}, {"": None}, {"c1": ["c0"]}],
     "left": [3, "a/b", "", {}],
     "paused": ["1", 1.5, True, []],
+    "repositories": [[], "x", {"/srv": 3}, {"/srv": "../.."}, {"/srv": "ABC"}],
     "current": [3, "a/b"],
     "generation": [-1, "7", None, True],
 }

@@ -58,6 +58,7 @@ def rate(value: str) -> int:
 @click.option(
     "--limit", metavar="RATE", type=rate, help="Read at most so much per second, such as 50M."
 )
+@click.option("--new", is_flag=True, help="Begin anew where restore points are gone.")
 @dry_run_option
 @click.pass_obj
 def backup(
@@ -71,6 +72,7 @@ def backup(
     quiesce: bool | None,
     pause: bool,
     limit: int | None,
+    new: bool,
     dry_run: bool,
 ) -> Answer:
     """Make a restore point of a domain in a repository.
@@ -88,6 +90,7 @@ def backup(
         "quiesce": quiesce,
         "pause": pause,
         "limit": limit,
+        "new": new,
     }
     with session.domain(domain) as target:
         if dry_run:

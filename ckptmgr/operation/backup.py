@@ -42,7 +42,7 @@ from ..plan import planner
 from ..plan.request import CreateRequest
 from ..plan.steps import Direct, Plan
 from ..store import Loaded
-from . import creation
+from . import creation, repositories
 from .creation import Served
 from .pausing import while_standing
 from .point import Progress, Request, RestorePoint
@@ -59,12 +59,15 @@ def backup(session: Session, request: Request, progress: Progress) -> tuple[Line
     _check_instant(request)
     targets = _targets(session, request)
     repository = Repository(request.repository)
+    if not request.new:
+        repositories.require_known(session, repository)
     repository.make()
     with session.locked() as loaded, _lineage(session, repository, loaded.history) as lineage:
         name = _name(session, loaded, lineage, request.name)
         with RestorePoint.begun(session, lineage, loaded.history, request, targets, name) as point:
             point.progress = progress
             _make(session, loaded, point)
+            repositories.note(session, repository, lineage)
             return lineage, point.manifest
 
 
@@ -74,6 +77,8 @@ def plan_backup(session: Session, request: Request) -> Plan:
     _check_instant(request)
     targets = _targets(session, request)
     repository = Repository(request.repository)
+    if not request.new:
+        repositories.require_known(session, repository)
     loaded = session.loaded()
     found = {}
     if repository.path.is_dir():

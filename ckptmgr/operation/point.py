@@ -67,6 +67,7 @@ class Request:
     quiesce -- freeze the guest's file systems for the instant; None: if its agent is there
     pause -- have the guest stand still for the instant
     limit -- bytes per second; None: no limit
+    new -- begin anew where the domain had points that are not there any more
     """
 
     repository: Path
@@ -77,6 +78,7 @@ class Request:
     quiesce: bool | None = None
     pause: bool = False
     limit: int | None = None
+    new: bool = False
 
 
 class RestorePoint:

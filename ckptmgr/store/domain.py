@@ -136,6 +136,10 @@ class DomainStore:
         ]
         return Loaded(history, tuple(damaged), record)
 
+    def record(self) -> DomainRecord:
+        """What is recorded of the domain itself; an empty one where that cannot be read."""
+        return self._load_record([])
+
     def read_map(self, digest: str) -> DirtyMap:
         """A dirty map.  Raises StoreDamaged where it is missing or damaged, and StoreFailed."""
         from ..dirtymap import DirtyMap  # most commands read none

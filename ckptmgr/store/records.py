@@ -2,7 +2,8 @@
 
 domain.json   {"name": "vm", "current": "c2", "generation": 7,
                "tails": {"c1": {"vda": "<sha256>", "vdb": null}}, "moved": {"c0": null},
-               "left": "c3", "paused": 5, "sha256": "…"}
+               "left": "c3", "paused": 5,
+               "repositories": {"/srv/backup": "<uuid>"}, "sha256": "…"}
 intent.json   {"operation": "create", "names": ["c3"], "engine": "libvirt", "data": {…},
                "sha256": "…"}
 """
@@ -19,6 +20,7 @@ from ..errors import InvalidRequest, StoreDamaged
 from . import seal
 
 _DIGEST = re.compile("[0-9a-f]{64}")
+_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class DomainRecord:
     moved: Mapping[str, str | None] = field(default_factory=dict)
     left: str | None = None
     paused: int | None = None
+    repositories: Mapping[str, str] = field(default_factory=dict)
 
     def serialize(self) -> bytes:
         """The file."""
@@ -57,6 +60,7 @@ class DomainRecord:
                 "moved": dict(self.moved),
                 "left": self.left,
                 "paused": self.paused,
+                "repositories": dict(self.repositories),
             }
         )
 
@@ -78,6 +82,7 @@ class DomainRecord:
             _moved(members.get("moved", {})),
             None if left is None else _checkpoint_name(left),
             paused,
+            _repositories(members.get("repositories", {})),
         )
 
 
@@ -144,6 +149,15 @@ def _moved(value: object) -> dict[str, str | None]:
         _checkpoint_name(name): None if to is None else _checkpoint_name(to)
         for name, to in value.items()
     }
+
+
+def _repositories(value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise StoreDamaged("it is not the record of a domain")
+    for key in value.values():
+        if not isinstance(key, str) or _UUID.fullmatch(key) is None:
+            raise StoreDamaged("it names a lineage by what is no UUID")
+    return dict(value)
 
 
 def _checkpoint_name(name: object) -> str:

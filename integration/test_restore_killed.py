@@ -1,29 +1,34 @@
-"""restore --in-place, killed at any step: the next command tells what is there, and it is right."""
+"""restore, killed at any step: the next command tells what is there, and it is right."""
 
 from __future__ import annotations
 
 import itertools
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import libvirt
 import pytest
 
 import ckptmgr
+from ckptmgr.backup.volume import MARK
 from ckptmgr.engine.qemu_img import check_free
+from ckptmgr.store import Store
 from integration.conftest import MakeMachine
 from integration.kill.boundaries import END, Boundaries, Victim
 from integration.stand import Daemon, DiskSpec, Machine
-from integration.test_backup import Backups
+from integration.test_backup import Backups, disk_in
+from tests.restorable import content, restorable
 
 KIB, MIB = 1 << 10, 1 << 20
 
 
-def victim(uri: str, store: str, name: str, repository: str, point: str, *rest: str) -> None:
-    """Restore in place, and be killed at the boundary of that number."""
-    number, *disks = rest
+def victim(how: str, number: str, repository: str, point: str, *rest: str) -> None:
+    """Restore, and be killed at the boundary of that number."""
     boundaries = Boundaries(
         Victim.PROCESS,
         int(number),
@@ -31,19 +36,32 @@ def victim(uri: str, store: str, name: str, repository: str, point: str, *rest: 
         lambda where: print(where, flush=True),
         steps_only=False,
     )
+    if how in ("folder", "volume"):
+        catalogue = ckptmgr.repository(repository)
+        (where,) = rest
+        boundaries.install()
+        if how == "folder":
+            catalogue.restore("web", point, where, flatten=True)
+        else:
+            catalogue.restore("web", point, onto={"vda": where})
+        boundaries.end()
+        return
+    uri, store, name, *rest = rest  # type: ignore[assignment]
     with ckptmgr.connect(uri, store=store) as host:
         domain = host.domain(name)
         boundaries.install()
-        domain.restore(repository, point, disks=disks)
+        if how == "define":
+            new, folder, flatten = rest
+            host.restore(repository, name, point, folder, name=new, flatten=bool(flatten))
+        else:
+            domain.restore(repository, point, disks=rest)
         boundaries.end()
 
 
-def strike(backups: Backups, point: str, number: int, disks: tuple[str, ...]) -> str:
-    """Restore and kill; returns where that was."""
-    machine = backups.machine
-    arguments = [machine.uri, str(backups.store), machine.name, str(backups.repository), point]
+def killed(*arguments: object) -> str:
+    """Restore and be killed, see `victim`; returns where that was."""
     done = subprocess.run(
-        [sys.executable, "-m", __name__, *arguments, str(number), *disks],
+        [sys.executable, "-m", __name__, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -52,6 +70,13 @@ def strike(backups: Backups, point: str, number: int, disks: tuple[str, ...]) ->
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     return done.stdout.strip()
+
+
+def strike(backups: Backups, point: str, number: int, disks: tuple[str, ...]) -> str:
+    """Restore in place and kill; returns where that was."""
+    machine = backups.machine
+    where = (backups.repository, point, machine.uri, backups.store, machine.name)
+    return killed("in place", number, *where, *disks)
 
 
 def let_go(machine: Machine) -> None:
@@ -160,6 +185,119 @@ def test_killed_at_any_step_it_is_settled_by_what_is_there(
     backups.check(last)
     assert [disk.mode for disk in last.disks] == ["incremental"] * 2
     assert all(disk.reason is None for disk in last.disks)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("flatten", [True, False], ids=["images", "overlays"])
+def test_killed_while_a_domain_is_made_it_is_taken_back_or_completed(
+    daemon: Daemon,
+    make_vm_on: MakeMachine,
+    tmp_path: Path,
+    flatten: bool,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Whatever is done next: the same again where libvirt does not know it, else any command."""
+    stride = 1 if request.config.getoption("--long") else 7
+    kernel = tmp_path / "vmlinuz"
+    kernel.write_bytes(b"a kernel")
+    machine = make_vm_on(
+        daemon,
+        [DiskSpec("vda", size=1 * MIB), DiskSpec("vdb", size=1 * MIB)],
+        state="stopped",
+        os_elements=f"<kernel>{kernel}</kernel>",
+    )
+    backups = Backups(machine, tmp_path)
+    for number, target in enumerate(("vda", "vdb")):
+        machine.write(target, number * 128 * KIB, 200 * KIB, number + 1)
+    backups.take("monday")
+    folder, new = tmp_path / "new", f"{machine.name}-new"
+    domain_store = Store(backups.store)
+    seen = []
+    known_at_once = 0
+    for number in itertools.count(2 if flatten else 5, stride):
+        where = killed(
+            "define",
+            number,
+            *(backups.repository, "monday", machine.uri, backups.store, machine.name),
+            *(new, folder, "flatten" if flatten else ""),
+        )
+        seen.append(where)
+        defined = new in [each.name() for each in daemon.handle.listAllDomains()]
+        known_at_once += defined
+        with ckptmgr.connect(machine.uri, store=backups.store) as host:
+            if not defined:
+                options: dict[str, Any] = {"name": new, "flatten": flatten}
+                host.restore(backups.repository, machine.name, "monday", folder, **options)
+            domain = host.domain(new)
+            (vda, vdb) = domain.diff("monday").disks
+            assert (vda.dirty_bytes, vdb.dirty_bytes) == (0, 0), where
+            assert vda.known and vdb.known, where
+            found = domain.current()
+            assert found is not None
+            assert found.name == "monday"
+            assert [each for each in domain.check() if not each.harmless] == [], where
+            uuid = domain.view.uuid
+        assert {path.name for path in folder.iterdir()} == {"vda.qcow2", "vdb.qcow2", "kernel"}
+        assert (folder / "kernel").read_bytes() == b"a kernel"
+        for target in ("vda", "vdb"):
+            assert disk_in(folder / f"{target}.qcow2") == backups.held["monday"][target], where
+        # Nothing is recorded of those that were taken back.
+        assert set(domain_store.domains()) == {machine.domain.UUIDString(), uuid}, where
+        daemon.handle.lookupByName(new).undefineFlags(
+            libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+        )
+        shutil.rmtree(folder)
+        shutil.rmtree(backups.store / uuid)
+        if where == END:
+            break
+    assert 0 < known_at_once < len(seen)
+
+
+@pytest.mark.parametrize("stride", [3])
+def test_killed_while_a_folder_is_filled_all_images_come_or_none(
+    tmp_path: Path, stride: int, request: pytest.FixtureRequest
+) -> None:
+    stride = 1 if request.config.getoption("--long") else stride
+    repository = restorable(tmp_path / "repository").path.parent
+    folder = tmp_path / "to"
+    for number in itertools.count(1, stride):
+        where = killed("folder", number, repository, "tuesday", folder)
+        try:
+            ckptmgr.repository(repository).restore("web", "tuesday", folder, flatten=True)
+        except ckptmgr.InvalidRequest as error:
+            # Interrupted when all were whole, it was completed just now.
+            assert "is there already" in error.message, where
+            assert where == END or "_link" in where, where
+        assert sorted(path.name for path in folder.iterdir()) == ["vda.qcow2", "vdb.raw"], where
+        raw = tmp_path / "seen.raw"
+        subprocess.run(["qemu-img", "convert", "-O", "raw", folder / "vda.qcow2", raw], check=True)
+        assert raw.read_bytes() == content("tuesday"), where
+        shutil.rmtree(folder)
+        if where == END:
+            break
+    assert number > 6
+
+
+def test_killed_while_a_volume_is_written_it_says_that_it_is_half_written(tmp_path: Path) -> None:
+    repository = restorable(tmp_path / "repository").path.parent
+    volume = tmp_path / "volume"
+    old, new = b"old" * MIB, content("tuesday")
+    told = []
+    for number in itertools.count(1):
+        volume.write_bytes(old)
+        where = killed("volume", number, repository, "tuesday", volume)
+        data = volume.read_bytes()
+        whole = new + bytes(len(old) - len(new))
+        if data.startswith(MARK):
+            told.append(where)
+            assert b"ckptmgr" not in data[len(MARK) :]
+        else:
+            assert data in (old, whole), where
+        ckptmgr.repository(repository).restore("web", "tuesday", onto={"vda": volume})
+        assert volume.read_bytes() == whole, where
+        if where == END:
+            break
+    assert len(told) >= 3
 
 
 if __name__ == "__main__":

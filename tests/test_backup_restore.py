@@ -15,7 +15,7 @@ from ckptmgr.backup.catalogue import Catalogue, repository
 from ckptmgr.backup.compaction import held_back
 from ckptmgr.backup.overlays import RECORD, recorded
 from ckptmgr.backup.repository import Lineage
-from ckptmgr.backup.volume import NewFile, Volume
+from ckptmgr.backup.volume import MARK, NewFile, Volume
 from ckptmgr.domain.images import read_header
 from ckptmgr.errors import (
     CkptmgrError,
@@ -192,9 +192,10 @@ def test_of_what_a_volume_held_nothing_is_left(holes: bool, tmp_path: Path) -> N
     path.write_bytes(b"old" * (2 * BLOCK))
     end = 6 * BLOCK
     to = Volume(path, 5 * BLOCK)
+    to.clear()
     to.write(0, memoryview(b"a" * BLOCK + b"b" * BLOCK))
     to.write(4, memoryview(b"c" * BLOCK))
-    assert path.read_bytes()[: 2 * BLOCK] == bytes(BLOCK) + b"b" * BLOCK
+    assert path.read_bytes()[: 2 * BLOCK] == MARK.ljust(BLOCK, b"\0") + b"b" * BLOCK
     to.close()
     data = path.read_bytes()
     assert data == b"a" * BLOCK + b"b" * BLOCK + bytes(2 * BLOCK) + b"c" * BLOCK + bytes(BLOCK)
@@ -202,19 +203,35 @@ def test_of_what_a_volume_held_nothing_is_left(holes: bool, tmp_path: Path) -> N
     assert (path.stat().st_blocks * 512 < end) is holes
 
 
-def test_a_half_written_volume_does_not_begin_like_a_disk(tmp_path: Path) -> None:
+def test_a_half_written_volume_says_so_and_does_not_begin_like_a_disk(tmp_path: Path) -> None:
     path = tmp_path / "volume"
     path.write_bytes(b"old" * BLOCK)
     to = Volume(path, 3 * BLOCK)
+    assert path.read_bytes() == b"old" * BLOCK
+    to.clear()
     to.write(0, memoryview(b"a" * 2 * BLOCK))
     to.abandon()
+    data = path.read_bytes()
+    assert data == MARK.ljust(BLOCK, b"\0") + b"a" * BLOCK + bytes(BLOCK)
+    assert len(MARK) < 446  # where the boot record has its table and its signature
+
+
+def test_no_word_of_it_is_left_where_the_disk_begins_with_zeroes(tmp_path: Path) -> None:
+    path = tmp_path / "volume"
+    path.write_bytes(b"old" * BLOCK)
+    to = Volume(path, 3 * BLOCK)
+    to.clear()
+    to.write(1, memoryview(b"a" * BLOCK))
+    to.close()
     assert path.read_bytes() == bytes(BLOCK) + b"a" * BLOCK + bytes(BLOCK)
 
 
 def test_a_file_is_made_as_long_as_the_disk(tmp_path: Path) -> None:
     path = tmp_path / "volume"
     path.write_bytes(b"x" * 1000)
-    Volume(path, 1024).close()
+    to = Volume(path, 1024)
+    to.clear()
+    to.close()
     assert path.read_bytes() == bytes(1024)
 
 

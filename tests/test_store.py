@@ -703,5 +703,6 @@ def test_json_files_are_json_for_other_tools(domain: DomainStore) -> None:
         "moved": {},
         "left": None,
         "paused": None,
+        "repositories": {},
         "sha256": "",
     }

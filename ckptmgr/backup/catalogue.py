@@ -10,10 +10,12 @@ None of it needs libvirt.  Everything raises a subclass of ``ckptmgr.CkptmgrErro
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import Driver, read_settings, settings_file
 from ..errors import InvalidRequest, NoPoint
 from .placement import Request
 from .pruning import Pruning, prune, staying
@@ -37,15 +39,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptmgr")
 
-LOCK_TIMEOUT = 30.0
-"""Seconds to wait for another process that changes the same points."""
 
+def repository(path: str | Path, *, lock_timeout: float | None = None) -> Catalogue:
+    """The repository in the folder `path`.
 
-def repository(path: str | Path) -> Catalogue:
-    """The repository in the folder `path`.  Raises RepositoryFailed if there is none."""
+    lock_timeout -- seconds to wait for another process that changes the same points; default: that
+                    of the settings of the driver that the user has, root the system's
+
+    Raises RepositoryFailed if there is none, InvalidRequest for settings that cannot be read.
+    """
     found = Repository(Path(path))
     found.require()
-    return Catalogue(found)
+    if lock_timeout is None:
+        driver = Driver.SYSTEM if os.geteuid() == 0 else Driver.SESSION
+        lock_timeout = read_settings(settings_file(driver, None)).lock_timeout
+    return Catalogue(found, lock_timeout)
 
 
 class Catalogue:
@@ -54,8 +62,9 @@ class Catalogue:
     `domain` is everywhere the name or UUID of a domain that the points are of; None: all.
     """
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, lock_timeout: float) -> None:
         self._repository = repository
+        self._lock_timeout = lock_timeout
 
     @property
     def path(self) -> Path:
@@ -114,7 +123,8 @@ class Catalogue:
         from . import restoring  # libnbd, which few commands need
 
         kept = restoring.find(self._repository, domain, point)
-        return restoring.restore(kept, request(point, folder, disks, onto, flatten), progress)
+        wanted = request(point, folder, disks, onto, flatten)
+        return restoring.restore(kept, wanted, self._lock_timeout, progress)
 
     def plan_restore(
         self,
@@ -175,9 +185,7 @@ class Catalogue:
         ]
         return _together(decided, dry_run=True)
 
-    def prune(
-        self, retention: Retention, domain: str | None = None, *, lock_timeout: float = LOCK_TIMEOUT
-    ) -> PruneView:
+    def prune(self, retention: Retention, domain: str | None = None) -> PruneView:
         """Let the points go that `retention` does not keep; those that stay take over their data.
 
         Points of which a restored overlay still needs an image stay, and so do broken ones.
@@ -190,7 +198,7 @@ class Catalogue:
 
         decided = []
         for lineage, _ in self._loaded(domain):
-            with lineage.lock(lock_timeout):
+            with lineage.lock(self._lock_timeout):
                 lineage.settle()
                 loaded = lineage.load()
                 pruning, view = self._decide(lineage, loaded, retention, domain)

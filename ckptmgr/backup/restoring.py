@@ -80,13 +80,13 @@ def among(candidates: Sequence[tuple[Lineage, Loaded]], domain: str, point: str)
     )
 
 
-def restore(kept: Kept, request: Request, progress: Progress) -> RestoreView:
+def restore(kept: Kept, request: Request, lock_timeout: float, progress: Progress) -> RestoreView:
     """Restore disks to where the request says.  See Catalogue.restore."""
     request = settled(request)
     places = place(kept.manifest, request, volumes(request.onto))
     with (
         made(request.folder),
-        staged(kept.lineage, kept.manifest, places, progress=progress) as work,
+        staged(kept.lineage, kept.manifest, places, lock_timeout, progress=progress) as work,
     ):
         install(work.disks)
         return view(kept.manifest, work.disks, None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from ..engine.qemu_img import check_free
 from ..errors import Busy, CkptmgrError, InvalidRequest, RepositoryFailed, RestoreFailed
-from . import overlays
+from . import overlays, temporaries
 from .copying import Rate
 from .extraction import Extraction, check_image, opened
 from .manifest import Manifest
@@ -30,11 +29,8 @@ from .volume import NewFile, Volume
 
 log = logging.getLogger("ckptmgr")
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.restoring")
-"""Names of images that are being written."""
-
-LOCK_TIMEOUT = 30.0
-"""Seconds to wait for another process that changes the points."""
+Announce = Callable[[Sequence[Path]], None]
+"""Told the temporary names before anything is written under them."""
 
 Progress = Callable[[str, int, int], None]
 """``(disk, done, of)``, in bytes that are read and written; zeroes cost nothing."""
@@ -52,7 +48,7 @@ _HINTS = {
 class Staged:
     """A disk that is written.
 
-    temporary -- where it is until `install`; None: it is a volume
+    temporary -- its name until `install`; None: it is a volume
     bytes -- of data that were written
     """
 
@@ -81,28 +77,48 @@ def staged(
     lineage: Lineage,
     manifest: Manifest,
     places: Sequence[Place],
+    lock_timeout: float,
     *,
+    token: str | None = None,
+    announce: Announce = lambda names: None,
     progress: Progress = lambda disk, done, of: None,
     rate: Rate | None = None,
 ) -> Iterator[Work]:
     """Write the disks in `places`; what has no name of its own when the block ends is removed.
 
+    lock_timeout -- seconds to wait for another process that changes the points
+    token -- of the temporary names
+
     Raises RepositoryDamaged, RepositoryFailed, RestoreFailed, InvalidRequest, Busy.
     """
+    token = token or temporaries.new_token()
+    names = {
+        place.disk: temporaries.temporary(place.path, token)
+        for place in places
+        if place.kind is not Kind.VOLUME
+    }
     with ExitStack() as stack:
+        _begin_writing(stack, [place.path for place in places if place.disk in names])
         overlaid = any(each.kind is Kind.OVERLAY for each in places)
         if overlaid:
             # Until the overlays are there, nothing else says that the point is needed.
-            stack.enter_context(_kept_still(lineage, needed=True))
-        sources = _opened(lineage, manifest, places, stack, locked=overlaid)
+            stack.enter_context(_kept_still(lineage, lock_timeout, needed=True))
+        sources = _opened(lineage, manifest, places, stack, None if overlaid else lock_timeout)
+        announce(tuple(names.values()))
         done: list[Staged] = []
         stack.callback(_discard, done)
         for place in sorted(places, key=lambda place: place.kind is Kind.VOLUME):
             if place.kind is Kind.OVERLAY:
-                done.append(_overlay(lineage, manifest, place))
+                done.append(_overlay(lineage, manifest, place, names[place.disk]))
             else:
-                done.append(_stage(sources[place.disk], place, progress, rate))
+                name = names.get(place.disk)
+                done.append(_stage(sources[place.disk], place, name, progress, rate))
         yield Work(done, [place.disk for place in places])
+
+
+def _begin_writing(stack: ExitStack, paths: Sequence[Path]) -> None:
+    with _failing("what is restored"):
+        stack.enter_context(temporaries.writing(paths))
 
 
 def _opened(
@@ -110,11 +126,15 @@ def _opened(
     manifest: Manifest,
     places: Sequence[Place],
     stack: ExitStack,
-    *,
-    locked: bool,
+    lock_timeout: float | None,
 ) -> dict[str, Extraction]:
-    """Everything that is read, open: from then on it may be removed and is still there for us."""
-    with nullcontext() if locked else _kept_still(lineage, needed=False):
+    """Everything that is read, open: from then on it may be removed and is still there for us.
+
+    lock_timeout -- None: the lock is held
+    """
+    with (
+        nullcontext() if lock_timeout is None else _kept_still(lineage, lock_timeout, needed=False)
+    ):
         points = lineage.load().points
         manifest = _same(points, manifest)
         check(lineage, points, manifest, places)
@@ -137,14 +157,14 @@ def _same(points: Points, manifest: Manifest) -> Manifest:
 
 
 @contextmanager
-def _kept_still(lineage: Lineage, *, needed: bool) -> Iterator[None]:
+def _kept_still(lineage: Lineage, lock_timeout: float, *, needed: bool) -> Iterator[None]:
     """Keep others from changing the points, and complete what was interrupted.
 
     needed -- else, a repository that cannot be written stays as it is
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(lineage.lock(LOCK_TIMEOUT))
+            stack.enter_context(lineage.lock(lock_timeout))
             lineage.settle()
         except RepositoryFailed as error:
             if needed:
@@ -161,17 +181,49 @@ def _discard(done: Sequence[Staged]) -> None:
                 each.temporary.unlink(missing_ok=True)
 
 
-def install(staged: Sequence[Staged]) -> None:
-    """Give the images their names, durably.  Raises RestoreFailed."""
+def install(staged: Sequence[Staged], beside: Sequence[tuple[Path, Path]] = ()) -> None:
+    """Give the images their names, durably.
+
+    beside -- temporary and final names of other files that come with them
+
+    Raises RestoreFailed; then no new one has its name.
+    """
     for each in staged:
-        if each.temporary is None:
-            continue
-        place = each.place
-        with _writing(place):
-            if place.kind is not Kind.REPLACEMENT and os.path.lexists(place.path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            each.temporary.rename(place.path)
-    sync_folders(each.place.path.parent for each in staged if each.temporary is not None)
+        if each.temporary is not None and each.place.kind is not Kind.REPLACEMENT:
+            with _writing(each.place):
+                if os.path.lexists(each.place.path):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    pairs = [*_new(staged), *beside]
+    with _failing("what is restored"):
+        temporaries.land(pairs)
+    try:
+        for each in staged:
+            if each.temporary is not None and each.place.kind is Kind.REPLACEMENT:
+                with _writing(each.place):
+                    each.temporary.rename(each.place.path)
+        sync_folders(final.parent for final in _final_names(staged, pairs))
+    except BaseException:
+        temporaries.take_back(pairs)
+        raise
+
+
+def uninstall(staged: Sequence[Staged], beside: Sequence[tuple[Path, Path]] = ()) -> None:
+    """Take back what `install` did, but for images that it replaced."""
+    temporaries.take_back([*_new(staged), *beside])
+
+
+def _new(staged: Sequence[Staged]) -> Iterator[tuple[Path, Path]]:
+    for each in staged:
+        if each.temporary is not None and each.place.kind is not Kind.REPLACEMENT:
+            yield each.temporary, each.place.path
+
+
+def _final_names(staged: Sequence[Staged], pairs: Sequence[tuple[Path, Path]]) -> Iterator[Path]:
+    for each in staged:
+        if each.temporary is not None:
+            yield each.place.path
+    for _, final in pairs:
+        yield final
 
 
 def sync_folders(folders: Iterator[Path]) -> None:
@@ -211,8 +263,13 @@ def _check(lineage: Lineage, points: Points, manifest: Manifest, place: Place) -
         )
 
 
-def _stage(source: Extraction, place: Place, progress: Progress, rate: Rate | None) -> Staged:
-    temporary = None if place.kind is Kind.VOLUME else _temporary(place.path)
+def _stage(
+    source: Extraction,
+    place: Place,
+    temporary: Path | None,
+    progress: Progress,
+    rate: Rate | None,
+) -> Staged:
     with _writing(place):
         sink = _sink(place, temporary)
     done = 0
@@ -225,6 +282,8 @@ def _stage(source: Extraction, place: Place, progress: Progress, rate: Rate | No
     progress(place.disk, 0, source.length)
     try:
         with _writing(place):
+            if isinstance(sink, Volume):
+                sink.clear()
             source.copy(sink, rate=rate, progress=step)
             if temporary is not None and place.kind is Kind.REPLACEMENT:
                 _take_after(temporary, place.path)
@@ -249,7 +308,7 @@ def _tell_half_written(place: Place, error: BaseException) -> None:
     """Have the error say in what state the volume is."""
     said = (
         f"{place.path} is half written: what it held is gone, disk {place.disk} is not whole, and "
-        "the volume does not begin like a disk"
+        "the volume begins with words that say so"
     )
     if isinstance(error, CkptmgrError):
         error.message = f"{error.message}; {said}"
@@ -257,8 +316,7 @@ def _tell_half_written(place: Place, error: BaseException) -> None:
         log.warning("%s", said)
 
 
-def _overlay(lineage: Lineage, manifest: Manifest, place: Place) -> Staged:
-    temporary = _temporary(place.path)
+def _overlay(lineage: Lineage, manifest: Manifest, place: Place, temporary: Path) -> Staged:
     with _writing(place):
         image = lineage.image(manifest, place.disk).resolve()
         sink = Qcow2Writer(temporary, place.size, backing=str(image))
@@ -268,10 +326,6 @@ def _overlay(lineage: Lineage, manifest: Manifest, place: Place) -> Staged:
             sink.abandon()
             raise
     return Staged(place, temporary, 0)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.urandom(8).hex()}.restoring")
 
 
 def _take_after(path: Path, other: Path) -> None:

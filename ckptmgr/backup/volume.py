@@ -2,7 +2,8 @@
 
 An existing volume is cleared first, as holes where its storage has them, so that nothing of what
 it held is left; and its first block, with the boot record and the partition table, is written last,
-when all the rest is durable: a volume that is half written cannot be taken for a disk.
+when all the rest is durable: a volume that is half written cannot be taken for a disk.  Until then
+it begins with words that say so, in case nobody else could.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ _ZERO_RANGE = 16
 
 _AT_ONCE = 1 << 30
 """Bytes to clear with one call, so that a signal is not kept waiting."""
+
+MARK = (
+    b"ckptmgr: this volume is half written.  A restore to it is under way, or was interrupted; "
+    b"what it held is gone.  Restore to it again.\n"
+)
+"""What a volume begins with until it is whole; the rest of its first block is zeroes."""
 
 _CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
 
@@ -64,7 +71,7 @@ class NewFile:
 
 
 class Volume:
-    """An existing raw file or block device, which is cleared at once.
+    """An existing raw file or block device, which is to be cleared before it is written.
 
     size -- of the disk that is written to it, in bytes; a file is made as long if it is shorter
 
@@ -76,17 +83,20 @@ class Volume:
         block = stat.S_ISBLK(path.stat().st_mode)
         # O_EXCL: not a device that is mounted, or that another one is made of.
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if block else 0))
+        self._size = size
         self._first = b""
-        try:
-            end = os.lseek(self._file, 0, os.SEEK_END)
-            clear(self._file, 0, end)
-            if end < size:
-                os.ftruncate(self._file, size)
-            os.fsync(self._file)
-        except BaseException:
-            self.abandon()
-            raise
         self._write_back = WriteBack(self._file)
+
+    def clear(self) -> None:
+        """From now on what it held is gone, and it says that it is half written."""
+        end = os.lseek(self._file, 0, os.SEEK_END)
+        mark = memoryview(MARK)[: min(end, self._size)]
+        _write(self._file, mark, 0)
+        os.fsync(self._file)
+        clear(self._file, len(mark), end - len(mark))
+        if end < self._size:
+            os.ftruncate(self._file, self._size)
+        os.fsync(self._file)
 
     def write(self, first: int, data: memoryview) -> None:
         """Blocks from number `first` on."""
@@ -98,7 +108,8 @@ class Volume:
     def close(self) -> None:
         """Make it durable, and then what it begins with."""
         os.fsync(self._file)
-        _write(self._file, memoryview(self._first), 0)
+        first = self._first or bytes(min(len(MARK), self._size))
+        _write(self._file, memoryview(first), 0)
         os.fsync(self._file)
         self.abandon()
 

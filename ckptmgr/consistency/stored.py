@@ -12,10 +12,10 @@ from .observed import Observation
 def interrupted(seen: Observation) -> Iterator[Finding]:
     """What an interrupted operation left."""
     if seen.intent is not None:
-        names = ", ".join(seen.intent.names)
+        names = f" of {', '.join(seen.intent.names)}" if seen.intent.names else ""
         yield Finding(
             "intent",
-            f"an interrupted {seen.intent.operation} of {names} was left behind",
+            f"an interrupted {seen.intent.operation}{names} was left behind",
             "it is completed or taken back; any command that changes something does that first",
             checkpoint=seen.intent.names[0] if seen.intent.names else None,
             action=Settle(),

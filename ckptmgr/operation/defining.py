@@ -1,8 +1,17 @@
 """restore --define: a new domain from a restore point, whose history goes on from that point.
 
-Its images, and copies of the files that it is made of, are in one folder.  libvirt is told of it
-when they are durable; then its first checkpoint is made, which carries the identity of the point,
-so that its next backup is an increment of that.
+Its images, and copies of the files that it is made of, are in one folder.  The order, so that
+nothing half made is left, wherever it ends:
+
+1. an intent, in the store of the new domain's UUID, says under which names everything is written
+2. it is written and made durable, with the bitmap of the first checkpoint in the images
+3. the intent says which files these are; they get their names; libvirt is told of the domain
+4. its first checkpoint is recorded, which carries the identity of the point, so that its next
+   backup is an increment of that
+
+Ended before libvirt knows the domain, the next restore of a domain takes it back.  Ended after
+that, the next command on the domain completes it: its images have recorded since 3 what is written
+to them.
 """
 
 from __future__ import annotations
@@ -12,43 +21,58 @@ import logging
 import os
 import secrets
 import tarfile
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..align import untrackable
+from ..align import default_granularity, untrackable
+from ..backup import temporaries
 from ..backup.definition import Identity, Image, Redefinition, redefined
-from ..backup.manifest import Manifest
-from ..backup.placement import Place, Request, place
+from ..backup.placement import Kind, Place, Request, place
 from ..backup.restoring import Kept, made, settled, view, volumes
-from ..backup.staging import Progress, check, install, staged
+from ..backup.staging import Progress, Staged, check, install, staged, uninstall
 from ..backup.views import RestoreView
-from ..checkpoint import Checkpoint, EngineName
+from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, State
 from ..config import Settings
+from ..document import format_libvirt
 from ..domain.adapter import DomainAdapter
 from ..domain.attachments import attachments
 from ..domain.connection import Connection
+from ..domain.disk import Disk
+from ..engine.qemu_img import change_bitmap
 from ..errors import (
+    Busy,
     CkptmgrError,
     InvalidRequest,
+    NoDomain,
     ReadOnlyConnection,
     RepositoryDamaged,
     RestoreFailed,
+    StoreDamaged,
+    StoreFailed,
     Unsupported,
 )
-from ..history import History
-from ..plan.steps import Direct, Plan
-from ..store import Store
+from ..plan.steps import CheckpointRedefine, Direct, ImageBitmap, Plan
+from ..store import DomainStore, Intent, Loaded, Store, files
 from ..views import DomainView
-from . import creation, recovery
+from . import projection, recovery
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
 
 _COPIED = ("nvram", "varstore", "kernel", "initrd", "dtb")
 """Roles of files that go into the folder."""
+
+
+OPERATION = "define"
+"""Of the intent."""
+
+_OFFLINE = EngineName.OFFLINE
+
+NOT_OURS = "its image is not the one that was restored"
 
 
 @dataclass(frozen=True)
@@ -59,6 +83,23 @@ class _Prepared:
     identity: Identity
     redefinition: Redefinition
     files: Mapping[str, Path]
+
+
+@dataclass
+class _Making:
+    """A domain that is being made.
+
+    token -- of the temporary names
+    unsure -- libvirt may know the domain, so all has to stay as it is
+    """
+
+    connection: Connection
+    kept: Kept
+    prepared: _Prepared
+    part: DomainStore
+    token: str
+    missing: tuple[Path, ...]
+    unsure: bool = False
 
 
 def define(
@@ -72,34 +113,69 @@ def define(
 ) -> RestoreView:
     """Define a domain from a point.  See Host.restore."""
     request = settled(request)
+    take_back_interrupted(connection, store)
     prepared = _prepared(connection, kept, request, name)
     for note in prepared.redefinition.notes:
         log.warning("%s", note)
-    with (
-        made(request.folder),
-        staged(kept.lineage, kept.manifest, prepared.places, progress=progress) as work,
-        _copies(connection, kept, prepared),
-    ):
+    part = store.domain(prepared.identity.uuid)
+    missing = tuple(_missing(request.folder))
+    making = _Making(connection, kept, prepared, part, temporaries.new_token(), missing)
+    with _recorded(making, settings.lock_timeout):
+        with (
+            made(request.folder),
+            staged(
+                kept.lineage,
+                kept.manifest,
+                prepared.places,
+                settings.lock_timeout,
+                token=making.token,
+                announce=lambda names: part.write_intent(_intent(making, names)),
+                progress=progress,
+            ) as work,
+            _copies(making) as copies,
+        ):
+            _add_bitmaps(work.disks, kept.manifest.name)
+            intent = _intent(making, (), work.disks, copies)
+            part.write_intent(intent)
+            adapter = _define(making, work.disks, copies)
+            done = view(kept.manifest, work.disks, DomainView(adapter.name, adapter.uuid))
+        session = Session(adapter, part, settings, _OFFLINE, recovery.settled)
         try:
-            install(work.disks)
-            adapter = DomainAdapter.define(connection, prepared.redefinition.text)
-        except BaseException:
-            for each in work.disks:
-                if each.temporary is not None and not each.temporary.exists():
-                    with suppress(OSError):
-                        each.place.path.unlink(missing_ok=True)
-            raise
-        done = view(kept.manifest, work.disks, DomainView(adapter.name, adapter.uuid))
-    try:
-        _begin_history(adapter, store, settings, kept.manifest)
-    except CkptmgrError as error:
-        log.warning(
-            "domain %s is defined, but its history does not go on from the point, so its next "
-            "backup is a full one: %s",
-            name,
-            error,
-        )
+            settle(session, intent)
+        except CkptmgrError as error:
+            log.warning(
+                "domain %s is defined; the next command begins its history: %s", name, error
+            )
     return done
+
+
+def _define(
+    making: _Making, disks: Sequence[Staged], copies: Sequence[tuple[Path, Path]]
+) -> DomainAdapter:
+    """Give the files their names and define the domain, or neither."""
+    try:
+        install(disks, copies)
+        return DomainAdapter.define(making.connection, making.prepared.redefinition.text)
+    except BaseException:
+        # Where libvirt went away or we are to stop, it may have been done all the same.
+        making.unsure = _is_known(making.connection, making.prepared.identity.uuid) is not False
+        if not making.unsure:
+            uninstall(disks, copies)
+        raise
+
+
+@contextmanager
+def _recorded(making: _Making, lock_timeout: float) -> Iterator[None]:
+    """Hold the lock of the new domain; if it does not come to be, nothing of it stays recorded."""
+    with making.part.lock(lock_timeout):
+        try:
+            yield
+        except BaseException:
+            if not making.unsure:
+                with suppress(StoreFailed):
+                    making.part.clear_intent()
+                making.part.remove_unused()
+            raise
 
 
 def plan_define(connection: Connection, kept: Kept, request: Request, name: str) -> Plan:
@@ -179,29 +255,41 @@ def _mac() -> str:
 
 
 @contextmanager
-def _copies(connection: Connection, kept: Kept, prepared: _Prepared) -> Iterator[None]:
-    """The copies of the files that the domain is made of; gone again if the block fails."""
+def _copies(making: _Making) -> Iterator[list[tuple[Path, Path]]]:
+    """The copies of the files that the domain is made of: their temporary and final names.
+
+    What has no other name is gone at the end; the TPM's state, where the domain is not made.
+    """
+    kept, prepared = making.kept, making.prepared
+    pairs: list[tuple[Path, Path]] = []
     written: list[Path] = []
+    state: list[Path] = []
     try:
         for file in kept.manifest.files:
             if file.role in _COPIED:
                 path = prepared.files[file.role]
-                _write(path, kept.lineage.read(kept.manifest, file), written)
+                name = temporaries.temporary(path, making.token)
+                _write(name, kept.lineage.read(kept.manifest, file), written)
+                pairs.append((name, path))
             elif file.role == "tpm":
-                _unpack(
-                    kept.lineage.read(kept.manifest, file),
-                    _tpm(connection, prepared),
-                    written,
-                )
-        yield
+                data = kept.lineage.read(kept.manifest, file)
+                _unpack(data, _tpm(making.connection, prepared), state)
+        yield pairs
     except BaseException:
-        for path in reversed(written):
-            with suppress(OSError):
-                if path.is_dir():
-                    path.rmdir()
-                else:
-                    path.unlink(missing_ok=True)
+        if not making.unsure:
+            _remove(reversed(state))
         raise
+    finally:
+        _remove(written)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _tpm(connection: Connection, prepared: _Prepared) -> Path | None:
@@ -264,37 +352,189 @@ def _make_folders(folder: Path, written: list[Path]) -> None:
         written.append(each)
 
 
-# --- history -----------------------------------------------------------------------------------
+# --- what is recorded of it --------------------------------------------------------------------
 
 
-@dataclass
-class _Restored:
-    """A `Copying` that copies nothing: the data is that of a point already."""
+def _intent(
+    making: _Making,
+    names: Sequence[Path],
+    disks: Sequence[Staged] = (),
+    copies: Sequence[tuple[Path, Path]] = (),
+) -> Intent:
+    """What it takes to take it back or to complete it.
 
-    point: str
-    targets: tuple[str, ...] = ()
-    pause: bool = False
-
-    def copy(self, history: History, checkpoint: Checkpoint, served: creation.Served) -> None:
-        """There is nothing to copy."""
-
-    def commit(self) -> None:
-        """The point is there."""
-
-    def withdraw(self) -> None:
-        """And it stays."""
-
-
-def _begin_history(
-    adapter: DomainAdapter, store: Store, settings: Settings, manifest: Manifest
-) -> None:
-    """Make the new domain's first checkpoint, called as the point."""
-    session = Session(
-        adapter, store.domain(adapter.uuid), settings, EngineName.OFFLINE, recovery.settled
+    names -- the temporary ones of the disks
+    disks, copies -- once they are written
+    """
+    prepared, manifest = making.prepared, making.kept.manifest
+    others = [path for role, path in prepared.files.items() if role in _COPIED]
+    names = [*names, *(temporaries.temporary(path, making.token) for path in others)]
+    names += [each.temporary for each in disks if each.temporary is not None]
+    pairs = [(each.temporary, each.place.path) for each in disks if each.temporary is not None]
+    state = _tpm(making.connection, prepared)
+    return Intent(
+        OPERATION,
+        (manifest.name,),
+        _OFFLINE.value,
+        {
+            "uri": making.connection.uri,
+            "domain": prepared.identity.name,
+            "id": manifest.id,
+            "temporaries": [str(name) for name in names],
+            "files": {str(path): _identity(name) for name, path in (*pairs, *copies)},
+            "replaced": [
+                str(each.path) for each in prepared.places if each.kind is Kind.REPLACEMENT
+            ],
+            "volumes": [str(each.path) for each in prepared.places if each.kind is Kind.VOLUME],
+            "folders": [str(folder) for folder in making.missing],
+            "tpm": None if state is None or state.name != making.part.uuid else str(state),
+        },
     )
-    if all(untrackable(disk, EngineName.OFFLINE) is not None for disk in session.disks):
-        log.warning("no disk of domain %s can keep a bitmap: its history is empty", adapter.name)
-        return
-    request = creation.Request(manifest.name, None, (), quiesce=False)
-    with session.locked() as loaded:
-        creation.create_under_lock(session, loaded, request, _Restored(manifest.id))
+
+
+def _identity(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size]
+
+
+def _add_bitmaps(disks: Sequence[Staged], name: str) -> None:
+    """Have the first checkpoint record in the images from their first instant on."""
+    for each in disks:
+        if each.temporary is not None and each.place.format == "qcow2":
+            change_bitmap(ImageBitmap(each.place.disk, str(each.temporary), "add", name, None))
+            files.sync_file(each.temporary)
+
+
+def _missing(folder: Path | None) -> Iterator[Path]:
+    """The folders that are made, the innermost first."""
+    for each in () if folder is None else (folder, *folder.parents):
+        if not os.path.lexists(each):
+            yield each
+
+
+# --- interrupted -------------------------------------------------------------------------------
+
+
+def take_back_interrupted(connection: Connection, store: Store) -> None:
+    """Take back what was being restored to a domain that never came to be."""
+    for key in store.domains():
+        part = store.domain(key)
+        with suppress(Busy, StoreDamaged, StoreFailed):
+            intent = part.read_intent()
+            if intent is None or intent.operation != OPERATION:
+                continue
+            with part.lock(0):
+                intent = part.read_intent()
+                if intent is None or intent.data["uri"] != connection.uri:
+                    continue
+                if _is_known(connection, key) is False:
+                    _take_back(part, intent)
+
+
+def _is_known(connection: Connection, uuid: str) -> bool | None:
+    """Whether libvirt knows the domain; None where that cannot be told."""
+    try:
+        connection.lookup(uuid)
+    except NoDomain:
+        return False
+    except CkptmgrError:
+        return None
+    return True
+
+
+def _take_back(part: DomainStore, intent: Intent) -> None:
+    data = intent.data
+    log.warning(
+        "taking back an interrupted restore of point %s: domain %s was not defined",
+        intent.names[0],
+        data["domain"],
+    )
+    paths = [path for path in map(Path, data["temporaries"]) if temporaries.NAME.match(path.name)]
+    for name, identity in data["files"].items():
+        with suppress(OSError):
+            if _identity(Path(name)) != identity:
+                log.warning("%s stays: it is not what was written", name)
+            elif name in data["replaced"]:
+                log.warning("%s is replaced: what it held is gone", name)
+            else:
+                paths.append(Path(name))
+    for path in paths:
+        files.remove(path, sync=False)
+    for name in data["volumes"]:
+        log.warning("%s may be half written: what it held is gone", name)
+    if data["tpm"] is not None and Path(data["tpm"]).is_dir():
+        files.remove_tree(Path(data["tpm"]))
+    for folder in data["folders"]:
+        with suppress(OSError):
+            Path(folder).rmdir()
+    part.clear_intent()
+    part.remove_unused()
+
+
+def settle(session: Session, intent: Intent) -> None:
+    """Begin the history of a domain that is defined; can be stopped at any point and called again.
+
+    To be called under its lock.
+    """
+    name = intent.names[0]
+    for path in map(Path, intent.data["temporaries"]):
+        files.remove(path, sync=False)
+    session = session.with_any_engine()
+    loaded = session.loaded()
+    if name not in loaded.history.checkpoints:
+        checkpoint = _checkpoint(session, loaded, intent)
+        for disk in checkpoint.disks:
+            if disk.bitmap is None:
+                log.warning("disk %s is not tracked: %s", disk.name, disk.reason)
+        if all(disk.bitmap is None for disk in checkpoint.disks):
+            log.warning("no disk of domain %s keeps a bitmap: no history", session.adapter.name)
+            session.store.clear_intent()
+            return
+        session.store.save_checkpoint(checkpoint)
+        loaded = session.loaded()
+    history = replace(loaded.history, current=name)
+    session.commit_current(history, loaded.record)
+    if session.tells_libvirt:
+        shown = format_libvirt(projection.shown(session, history, history.get(name)))
+        session.engine(session.choice.engine).run((CheckpointRedefine(name, shown),))
+    session.store.clear_intent()
+
+
+def _checkpoint(session: Session, loaded: Loaded, intent: Intent) -> Checkpoint:
+    """The first checkpoint: of the images as they were when they got their names."""
+    name = intent.names[0]
+    disks = []
+    for disk in session.disks:
+        source = None if disk.empty else disk.top.source
+        recorded = CheckpointDisk(disk.target, size=disk.size, source=source)
+        reason = untrackable(disk, _OFFLINE)
+        if reason is None and not _is_restored(disk, intent):
+            reason = NOT_OURS
+        disks.append(
+            replace(recorded, reason=reason)
+            if reason is not None
+            else replace(
+                recorded,
+                bitmap=name,
+                granularity=default_granularity(disk),
+                state=State.RECORDING,
+            )
+        )
+    return Checkpoint(
+        name,
+        int(time.time()),
+        None,
+        _OFFLINE,
+        tuple(disks),
+        domain_xml=session.definition(),
+        point=intent.data["id"],
+        generation=loaded.record.generation + 1,
+    )
+
+
+def _is_restored(disk: Disk, intent: Intent) -> bool:
+    identity = intent.data["files"].get(disk.top.path)
+    try:
+        return identity is not None and _identity(Path(str(disk.top.path)))[:2] == identity[:2]
+    except OSError:
+        return False

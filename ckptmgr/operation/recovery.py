@@ -57,6 +57,11 @@ def settle(session: Session) -> None:
         from . import restoration  # libnbd, which few commands need
 
         restoration.settle(session, intent)
+    elif intent.operation == "define":
+        from . import defining
+
+        log.warning("completing the interrupted restore of point %s", names)
+        defining.settle(session, intent)
     elif intent.operation == "adopt":
         # Each document stands for itself; the next adopt takes the rest.
         session.store.clear_intent()

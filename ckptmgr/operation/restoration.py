@@ -7,23 +7,23 @@ restored disk differs by is in R's interval.
 
 The order, so that nothing is ever taken for unchanged, wherever it ends:
 
-1. the new images are written beside the old ones, with R's bitmap in them, and made durable; what
-   was written since the newest checkpoint is read and kept
-2. the intent is written
+1. an intent says under which names the new images are written beside the old ones; they are made
+   durable, with R's bitmap in them; what was written since the newest checkpoint is read and kept
+2. the intent of what is to come of them takes its place
 3. each image gets its name by a rename: from this instant its R records whatever is written to it
 4. the old bitmaps are recorded as gone, R as made, R as current; libvirt is told; the marker is set
 
-Ended between 2 and 4, it is settled by what is there: an image is the new one if it is that file.
-If none is, nothing has happened; if some are, the others get their names too, unless the domain was
-used meanwhile.
+Ended before 2, what there is of the new images is removed.  Ended between 2 and 4, it is settled by
+what is there: an image is the new one if it is that file.  If none is, nothing has happened; if
+some are, the others get their names too, unless the domain was used meanwhile.
 """
 
 from __future__ import annotations
 
-import glob
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from ..align import DiskRequest, default_granularity, find_disk, untrackable
 from ..backup.placement import Kind, Place, chosen
 from ..backup.repository import Repository
 from ..backup.restoring import Kept, among, view
-from ..backup.staging import TEMPORARY, Progress, Staged, check, staged
+from ..backup.staging import Announce, Progress, Staged, check, staged
 from ..backup.views import RestoreView
 from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
 from ..dirtymap import DirtyMap, union
@@ -93,8 +93,17 @@ def restore(session: Session, request: Request, progress: Progress) -> RestoreVi
         _no_strangers(session, loaded.history)
         kept = _kept(session, loaded.history, request)
         places = _places(session, kept, request)
-        _sweep(places)
-        with staged(kept.lineage, kept.manifest, places, progress=progress) as work:
+        with (
+            _announced(session, request.point) as announce,
+            staged(
+                kept.lineage,
+                kept.manifest,
+                places,
+                session.settings.lock_timeout,
+                announce=announce,
+                progress=progress,
+            ) as work,
+        ):
             session = session.renewed()
             _stands_still(session)
             name = free_name(loaded, int(time.time()))
@@ -106,6 +115,24 @@ def restore(session: Session, request: Request, progress: Progress) -> RestoreVi
             work.keep()
             _finish(session, intent)
         return view(kept.manifest, work.disks, session.view)
+
+
+@contextmanager
+def _announced(session: Session, point: str) -> Iterator[Announce]:
+    """Has an intent say where new images are written, as long as no other one says more."""
+
+    def announce(names: Sequence[Path]) -> None:
+        data = {"point": point, "temporaries": [str(name) for name in names]}
+        session.store.write_intent(Intent(OPERATION, (), _OFFLINE.value, data))
+
+    try:
+        yield announce
+    except BaseException:
+        with suppress(StoreFailed, StoreDamaged):
+            intent = session.store.read_intent()
+            if intent is not None and not intent.names:
+                session.store.clear_intent()
+        raise
 
 
 def plan_restore(session: Session, request: Request) -> Plan:
@@ -362,6 +389,12 @@ def _replaced(
 def settle(session: Session, intent: Intent) -> None:
     """Complete or take back an interrupted restore, by which images are the new ones."""
     point = intent.data["point"]
+    if not intent.names:
+        log.warning("removing what an interrupted restore of point %s has written", point)
+        for path in map(Path, intent.data["temporaries"]):
+            files.remove(path, sync=False)
+        session.store.clear_intent()
+        return
     disks: Mapping[str, Mapping[str, Any]] = intent.data["disks"]
     recorded = intent.names[0] in session.loaded().history.checkpoints
     if recorded or any(_is(each["path"], each) for each in disks.values()):
@@ -390,14 +423,6 @@ def _discard(disks: Mapping[str, Mapping[str, Any]]) -> None:
     for each in disks.values():
         if _is(each["temporary"], each):
             files.remove(Path(each["temporary"]), sync=False)
-
-
-def _sweep(places: Sequence[Place]) -> None:
-    """Remove the images that a restore was writing when it was killed, before it had an intent."""
-    for place in places:
-        for path in place.path.parent.glob(f".{glob.escape(place.path.name)}.*"):
-            if TEMPORARY.fullmatch(path.name):
-                files.remove(path, sync=False)
 
 
 def _finish(session: Session, intent: Intent) -> None:

@@ -37,6 +37,9 @@ RECORD = "domain.json"
 INTENT = "intent.json"
 """Name of the file that holds the Intent."""
 
+LOCK = "lock"
+"""Name of the lock file."""
+
 ASIDE = ".damaged"
 """Ends the names of files that were moved aside."""
 
@@ -95,7 +98,7 @@ class DomainStore:
         """
         files.make_folder(self.path)
         files.is_folder(self.path)
-        with lock.held(self.path / "lock", timeout, "its history"):
+        with lock.held(self.path / LOCK, timeout, "its history"):
             self._locked = True
             try:
                 yield
@@ -250,6 +253,14 @@ class DomainStore:
         """
         self._require_lock()
         files.remove(self.path / INTENT, sync=sync)
+
+    def remove_unused(self) -> None:
+        """Remove the folder of a domain of which nothing is recorded, as far as that can be."""
+        self._require_lock()
+        with suppress(OSError):
+            if os.listdir(self.path) == [LOCK]:  # noqa: PTH208 -- names, not paths
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
 
     def set_aside(self, path: Path) -> None:
         """Move a file that cannot be used out of the way; it stays beside, as ``….damaged``.

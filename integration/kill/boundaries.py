@@ -1,10 +1,11 @@
 """The steps of an operation, counted, and somebody killed at one of them.
 
-A boundary is the instant before a system call of the store or a repository, before an engine's
-step, before the marker is set, before a domain is paused, resumed or reverted, and the end of the
-operation: what is true after one of these calls is what is true before the next, for nothing else
-changes anything.  libvirt's daemon and QEMU go on with what they were asked when the asking process
-dies, so there is one more boundary in the middle of each of these but the file system's.
+A boundary is the instant before a system call of the store or a repository, before something is
+written to a volume or gets its name, before an engine's step, before the marker is set, before a
+domain is paused, resumed, reverted or defined, and the end of the operation: what is true after one
+of these calls is what is true before the next, for nothing else changes anything.  libvirt's daemon
+and QEMU go on with what they were asked when the asking process dies, so there is one more boundary
+in the middle of each of these but the file system's.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ckptmgr.backup import qcow2
+from ckptmgr.backup import qcow2, temporaries, volume
 from ckptmgr.checkpoint import EngineName
 from ckptmgr.domain import snapshots
 from ckptmgr.domain.adapter import DomainAdapter
+from ckptmgr.domain.connection import Connection
 from ckptmgr.engine import base, libvirt, monitor, offline
 from ckptmgr.engine.base import Outcome
 from ckptmgr.operation import pausing
@@ -40,6 +42,13 @@ STORE_CALLS = (
     "_rmdir",
     "_mkdir",
     "_fsync_folder",
+)
+
+IMAGE_CALLS: tuple[tuple[ModuleType, str], ...] = (
+    (qcow2, "_write"),
+    (volume, "_write"),
+    (volume, "clear"),
+    (temporaries, "_link"),
 )
 
 SNAPSHOT_CALLS: tuple[tuple[ModuleType, str], ...] = (
@@ -89,8 +98,8 @@ class Boundaries:
         if not self._steps_only:
             for name in STORE_CALLS:
                 setattr(files, name, self._store_call(name, getattr(files, name)))
-            write_image = self._store_call("_write", vars(qcow2)["_write"])
-            setattr(qcow2, "_write", write_image)  # noqa: B010 -- not for mypy to see
+            for module, name in IMAGE_CALLS:
+                setattr(module, name, self._store_call(name, vars(module)[name]))
         for module in (libvirt, monitor, offline):
             setattr(module, "run_steps", self._run_steps)  # noqa: B010 -- not for mypy to see
         set_marker = DomainAdapter.set_marker
@@ -99,6 +108,14 @@ class Boundaries:
             self._around("the marker", lambda: set_marker(adapter, marker))
 
         setattr(DomainAdapter, "set_marker", marked)  # noqa: B010
+        define = DomainAdapter.define
+
+        def defined(connection: Connection, definition: str) -> DomainAdapter:
+            done: list[DomainAdapter] = []
+            self._around("define", lambda: done.append(define(connection, definition)))
+            return done[0]
+
+        setattr(DomainAdapter, "define", defined)  # noqa: B010
         for owner, name in SNAPSHOT_CALLS:
             setattr(owner, name, self._call(name, getattr(owner, name)))
 

@@ -93,6 +93,7 @@ class Disturbed(Backups):
         listing = ckptmgr.repository(self.repository).points()
         assert [point.name for point in listing.points] == ["first", "third"]
         assert not listing.damaged
+        assert ckptmgr.repository(self.repository).verify().findings == ()
         with self.domain() as domain:
             assert reason or [each.code for each in domain.check() if not each.harmless] == []
         return third

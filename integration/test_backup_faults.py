@@ -105,6 +105,12 @@ def whole(repository: Path, *names: str) -> None:
     assert partials(repository) == []
 
 
+def sound(repository: Path) -> None:
+    """Every byte of it is what was written, as `verify` sees it."""
+    view = ckptmgr.repository(repository).verify()
+    assert [(each.code, each.message) for each in view.findings] == []
+
+
 def quiet(machine: Machine) -> None:
     """No job, export, node, server or file of ours is left."""
     assert machine.domain.jobInfo()[0] == 0
@@ -163,10 +169,14 @@ def test_at_every_write(
         vm.check(made[-1])
         clean(vm)
         if len(made) > 8:
+            vm.check(*made)
+            sound(vm.repository)
             wipe(vm.machine)
             shutil.rmtree(vm.repository)
             shutil.rmtree(vm.store)
             made, stayed = [vm.take(f"p{at}")], []
+    vm.check(*made)
+    sound(vm.repository)
     print(f"{fault}: {failed} failures at {at - 1} calls")
     assert failed >= 20
 
@@ -218,6 +228,8 @@ def test_a_target_that_is_full_costs_nothing(backups: MakeBackups, small: Path) 
     assert [disk.reason for disk in third.disks] == [None, None]
     assert third.parent == "first"
     vm.check(other, first, elsewhere, third)
+    sound(repository)
+    sound(vm.repository)
 
 
 def test_a_target_that_is_read_only_is_refused_before_anything_is_touched(
@@ -238,6 +250,7 @@ def test_a_target_that_is_read_only_is_refused_before_anything_is_touched(
     second = vm.take("second", repository=repository)
     assert second.disks[0].reason is None
     vm.check(first, second)
+    sound(repository)
 
 
 def in_the_middle(vm: Backups, act: Callable[[], object], name: str, **options: Any) -> Manifest:
@@ -291,11 +304,13 @@ def test_a_target_that_goes_away_in_the_middle(how: str, backups: MakeBackups, s
         second = vm.take("second")
         assert second.disks[0].reason is None
         vm.check(kept, second)
+        sound(vm.repository)
         if how == "moved":
             third = vm.take("third", repository=small / "moved")
             assert third.disks[0].reason is None
             assert third.parent == "first"
             vm.check(third)
+            sound(small / "moved")
     finally:
         if how == "unmounted":
             subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(small)], check=True)

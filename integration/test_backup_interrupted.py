@@ -19,7 +19,7 @@ import pytest
 from ckptmgr.checkpoint import EngineName
 from integration.kill import END, Victim, Warm
 from integration.kill.backups import POINTS_MAX, BackupScene
-from integration.kill.scene import SHAPES
+from integration.kill.scene import RAW, SHAPES
 from integration.stand import Daemon, Workspace
 
 LANES = 2
@@ -29,15 +29,21 @@ SHOWN_ANEW = {"libvirt-stale", "wrong-parent"}
 
 @dataclass(frozen=True)
 class Case:
-    """Who is killed in which backup; steps_only: the file system's calls do not count."""
+    """Who is killed in which backup.
+
+    steps_only -- the file system's calls do not count
+    raw -- there are raw disks alone, so that it makes no checkpoint
+    """
 
     victim: Victim
     engine: EngineName
     first: bool = False
     steps_only: bool = False
+    raw: bool = False
 
     def __str__(self) -> str:
         which = "first" if self.first else "later"
+        which += "-raw" if self.raw else ""
         return f"{self.victim}-{which}-{self.engine}"
 
 
@@ -46,6 +52,9 @@ _LIBVIRT, _MONITOR, _OFFLINE = EngineName
 CASES = (
     Case(Victim.PROCESS, _LIBVIRT, first=True),
     Case(Victim.PROCESS, _LIBVIRT),
+    Case(Victim.PROCESS, _LIBVIRT, raw=True),
+    Case(Victim.QEMU, _LIBVIRT, raw=True, steps_only=True),
+    Case(Victim.PROCESS, _OFFLINE, raw=True, steps_only=True),
     Case(Victim.PROCESS, _MONITOR, steps_only=True),
     Case(Victim.PROCESS, _OFFLINE, steps_only=True),
     Case(Victim.QEMU, _LIBVIRT, steps_only=True),
@@ -80,7 +89,8 @@ class Lanes:
     def _run(self, case: Case) -> list[str]:
         warm = self._warm.get()
         try:
-            scene = BackupScene(self._daemon, warm, SHAPES[case.engine])
+            shapes = RAW if case.raw else SHAPES
+            scene = BackupScene(self._daemon, warm, shapes[case.engine])
             try:
                 return _every_point(scene, case)
             finally:
@@ -124,7 +134,9 @@ def _every_point(scene: BackupScene, case: Case) -> list[str]:
         if tried[-1] == END:
             break
     scene.require_bytes(again=True)
-    scene.require_exact_until_now()
+    scene.require_sound()
+    if not case.raw:
+        scene.require_exact_until_now()
     return tried
 
 
@@ -151,11 +163,11 @@ def _one_point(scene: BackupScene, case: Case, point: int) -> str:
     newest = scene.backup()
     scene.require_whole(newest)
     scene.require_bytes()
-    if crashed:
+    if crashed and not case.raw:
         _says_what_was_lost(scene)
     else:
         scene.require_clean()
-        if not case.first:
+        if not case.first and not case.raw:
             assert scene.reasons(newest) == []
     scene.require_nothing_left()
     if not crashed:

@@ -110,6 +110,10 @@ class BackupScene(Scene):
                 assert _disk_in(image) == wanted, f"{target} of point {point}"
             self._read.add(point)
 
+    def require_sound(self) -> None:
+        """`verify` finds nothing."""
+        assert ckptmgr.repository(self.repository).verify().findings == ()
+
     def reasons(self, name: str) -> list[str]:
         """Why disks of a point were read whole, those aside that never have a bitmap for good."""
         document = json.loads((self.lineage / name / "manifest.json").read_text())

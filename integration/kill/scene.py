@@ -73,6 +73,18 @@ SHAPES = {
 }
 
 
+RAW = {
+    engine: Shape(
+        engine,
+        (DiskSpec("vda", size=2 * MIB + 1536, format="raw"),),
+        (65536,),
+        state=SHAPES[engine].state,
+    )
+    for engine in EngineName
+}
+"""Machines of which no disk can be tracked, but by the monitor engine."""
+
+
 class Scene:
     """A machine, its store, and a record of what was written between which checkpoints.
 
@@ -151,7 +163,9 @@ class Scene:
             self.machine.hmp(f'qemu-io -d {self._devices[target]} "{command}"')
             return
         image = self.machine.images[target]
-        subprocess.run(["qemu-io", "-c", command, image], check=True, stdout=subprocess.DEVNULL)
+        form = next(disk.format for disk in self.machine.disks if disk.target == target)
+        qemu_io = ["qemu-io", "-f", form, "-c", command, image]
+        subprocess.run(qemu_io, check=True, stdout=subprocess.DEVNULL)
 
     def create(self) -> str:
         """Make a checkpoint in this process."""

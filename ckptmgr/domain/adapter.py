@@ -28,6 +28,9 @@ from .monitor import CommandFailed, Monitor
 
 log = logging.getLogger("ckptmgr")
 
+IN_PLACE = 8_000_000
+"""libvirts before that load a snapshot into the QEMU that runs, if they can."""
+
 _AGENT_CHANNEL = "org.qemu.guest_agent.0"
 # VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK: what libvirt starts every domain with.
 _AGENT_WAITS = -2
@@ -317,8 +320,19 @@ class DomainAdapter:
     # --- marker, agent, folders --------------------------------------------------------------
 
     def marker(self) -> Marker | None:
-        """The marker in the domain's metadata, None if there is none."""
-        return read_marker(self.handle, self.name)
+        """The marker in the domain's metadata, None if there is none.
+
+        A libvirt that reverts in place puts back the definition, and not the metadata of the domain
+        that runs: there it is the definition's marker that tells.
+        """
+        return read_marker(self.handle, self.name, defined=self.reverts_in_place())
+
+    def reverts_in_place(self) -> bool:
+        """Whether this libvirt loads a snapshot into the QEMU that runs, which may fail half way,
+        and starts no new one.
+        """
+        with translate("asking for libvirt's version", self.name):
+            return bool(self.connection.handle.getLibVersion() < IN_PLACE)
 
     def set_marker(self, marker: Marker | None) -> None:
         """Set the marker, live and in the configuration as the domain has them; None removes."""

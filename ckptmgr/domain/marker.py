@@ -14,11 +14,15 @@ __all__ = ["Marker", "format_marker", "parse_marker", "read_marker", "write_mark
 KEY = "ckptmgr"
 
 
-def read_marker(domain: Any, name: str) -> Marker | None:
-    """The marker of a virDomain: the live one while it runs; None if there is none."""
+def read_marker(domain: Any, name: str, *, defined: bool = False) -> Marker | None:
+    """The marker of a virDomain: the live one while it runs; None if there is none.
+
+    defined -- that of the definition, if there is one
+    """
     with translate("reading the marker", name):
+        flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG if defined and domain.isPersistent() else 0
         try:
-            text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, NAMESPACE, 0)
+            text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, NAMESPACE, flags)
         except libvirt.libvirtError as error:
             if error.get_error_code() == NO_DOMAIN_METADATA:
                 return None

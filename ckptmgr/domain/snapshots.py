@@ -12,8 +12,6 @@ NO_SNAPSHOT = 72  # virErrorNumber NO_DOMAIN_SNAPSHOT
 
 
 EXTERNAL_REVERT = 9_009_000
-IN_PLACE = 8_000_000
-"""Older ones load a snapshot into the QEMU that runs, if they can, and start no new one."""
 
 
 def snapshots(adapter: DomainAdapter) -> tuple[Snapshot, ...]:
@@ -84,12 +82,6 @@ def reverts_external(adapter: DomainAdapter) -> bool:
     """Whether this libvirt reverts to external snapshots: since 9.9."""
     with translate("asking for libvirt's version", adapter.name):
         return bool(adapter.connection.handle.getLibVersion() >= EXTERNAL_REVERT)
-
-
-def reverts_in_place(adapter: DomainAdapter) -> bool:
-    """Whether this libvirt loads snapshots into the QEMU that runs, which may fail half way."""
-    with translate("asking for libvirt's version", adapter.name):
-        return bool(adapter.connection.handle.getLibVersion() < IN_PLACE)
 
 
 def delete(adapter: DomainAdapter, name: str, *, children: bool, metadata: bool) -> None:

@@ -12,7 +12,7 @@ from ..domain.disk import DiskLayers
 from ..domain.images import internal_snapshots
 from ..domain.job import backup_job, block_jobs
 from ..domain.known import known_names
-from ..domain.snapshots import reverts_external, reverts_in_place
+from ..domain.snapshots import reverts_external
 from ..errors import Busy, InvalidRequest, Unsupported
 from ..snapshot import Kind, Snapshot
 from ..store import Loaded
@@ -137,7 +137,7 @@ def _below(session: Session, loaded: Loaded, snapshot: Snapshot) -> None:
 
 def _in_place(session: Session, snapshot: Snapshot) -> None:
     """A libvirt that loads snapshots into the QEMU that runs has just the disks of then there."""
-    if not reverts_in_place(session.adapter):
+    if not session.adapter.reverts_in_place():
         return
     then = {image.target: image.path for image in snapshot.images}
     now = {

@@ -301,7 +301,7 @@ def _go_back(session: Session, intent: Intent) -> Checkpoint:
     except CkptmgrError as error:
         log.warning("the revert failed, so the present line goes on: %s", error)
         same = before.paused and standstill(session.adapter) == before
-        untouched = same and not snapshots.reverts_in_place(session.adapter)
+        untouched = same and not session.adapter.reverts_in_place()
         _stay(session.renewed(), intent, untouched=untouched)
         raise
     return _came_back(session, intent)

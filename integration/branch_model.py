@@ -279,12 +279,33 @@ class Branches:
             for target, image in kept.images.items()
         )
 
+    def others_reverted(self) -> None:
+        """Somebody reverted behind ckptmgr's back, or tried to.
+
+        The disks stayed where they were if the current bitmaps record as before: on 7.0 and 11.3
+        QEMU refuses such a revert in time (on 9.0, it dies of that).
+        """
+        if self.recorded():
+            self.require_bytes()
+        else:
+            self.moved()
+
     def moved(self) -> None:
         """The disks went to another state behind ckptmgr's back; the marker says which."""
         marked = self.marked()
         while marked is not None and marked not in self.points:
             marked = self._gone[marked]
         self.went_back_to(marked)
+
+    def recorded(self) -> bool:
+        """Whether the current checkpoint's bitmaps are there on all disks, as far as QEMU knows."""
+        for target in self.targets:
+            bitmap = self.machine.bitmaps(target).get(str(self.at), {})
+            flags = bitmap.get("flags", ())
+            good = bitmap.get("recording") or ("auto" in flags and "in-use" not in flags)
+            if not good or bitmap.get("inconsistent"):
+                return False
+        return True
 
     def went_back_to(self, name: str | None) -> None:
         """The disks went to a state that descends from a checkpoint, and nobody knows how."""

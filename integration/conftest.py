@@ -49,23 +49,8 @@ __all__ = ["cell", "stack", "stacks"]
 
 MakeMachine = Callable[..., Machine]
 
-# Not yet seen to pass whole on libvirts of other releases: there they run with --unproven, and
-# belong to the issues that are still open.
-UNPROVEN_ON_STACKS = (
-    "test_histories.py",
-    "test_snapshots.py",
-)
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out what is not proven yet, unless it is asked for."""
-    on_stacks = config.getoption("--stand") in ("stacks", *RELEASES)
-    unproven = on_stacks and collection_path.name in UNPROVEN_ON_STACKS
-    return True if unproven and not config.getoption("--unproven") else None
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--unproven", action="store_true", help="also the tests of UNPROVEN_ON_STACKS")
     parser.addoption(
         "--stand",
         choices=["embedded", "daemon", "stacks", *RELEASES],
@@ -88,6 +73,10 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "scenario(name): the test's row in the table of the stacks")
     config.addinivalue_line("markers", "nested: also run in a host with nested KVM, on KVM")
+    config.addinivalue_line(
+        "markers",
+        "releases((stack, engine), ...): these alone of the stacks; none: only with --long",
+    )
     config.addinivalue_line("markers", "not_on_stacks(reason): on the embedded libvirt alone")
     if config.getoption("--stand") == "daemon" and os.geteuid() == 0:
         try:
@@ -101,10 +90,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of this run's stand; see the module's docstring."""
     stand = config.getoption("--stand")
+    long = config.getoption("--long")
     kept: list[pytest.Item] = []
     dropped: list[pytest.Item] = []
     for item in items:
-        (kept if _belongs(item, stand) else dropped).append(item)
+        belongs = _belongs(item, stand) and (long or not _only_long(item, stand))
+        (kept if belongs else dropped).append(item)
         table.mark(item, stand)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
@@ -114,6 +105,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """On the stacks, ``stand`` and ``local`` are each of them in turn."""
     stand = metafunc.config.getoption("--stand")
     names = list(RELEASES) if stand == "stacks" else [stand]
+    markers = [each.args for each in metafunc.definition.iter_markers("releases")]
+    if markers and "engine" in metafunc.fixturenames:
+        pairs = [pair for pair in next(filter(None, markers), ()) if pair[0] in names]
+        if pairs and "stand" in metafunc.fixturenames:
+            metafunc.parametrize(("stand", "engine"), pairs, indirect=True)
+            return
+        metafunc.parametrize("engine", ["libvirt", "monitor"], indirect=True)
     if names[0] in RELEASES:
         for fixture in {"stand", "local"} & set(metafunc.fixturenames):
             metafunc.parametrize(fixture, names, indirect=True)
@@ -136,6 +134,11 @@ def _belongs(item: pytest.Item, stand: str) -> bool:
         return bool(needs & {"stacks", "stand", "local"})
     callspec = getattr(item, "callspec", None)
     return stand in needs or (callspec is not None and stand in callspec.params.values())
+
+
+def _only_long(item: pytest.Item, stand: str) -> bool:
+    marker = item.get_closest_marker("releases")
+    return stand in ("stacks", *RELEASES) and marker is not None and not marker.args
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -213,6 +216,13 @@ def stand(request: pytest.FixtureRequest) -> Stand:
 def local(request: pytest.FixtureRequest) -> Stand:
     """The embedded libvirt, or on the stacks each of them."""
     return _stand(request)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> str:
+    """The engine, of tests with the marker ``releases``."""
+    name: str = request.param
+    return name
 
 
 def with_setting(folder: Path) -> Callable[..., Path]:

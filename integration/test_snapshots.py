@@ -50,13 +50,15 @@ DISKS = (DiskSpec("vda", size=4 * MIB + 1536), DiskSpec("vdb", size=4 * MIB, bac
 
 MakeBranches = Callable[..., Branches]
 
-pytestmark = pytest.mark.once
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.releases(("debian11", "monitor"), ("debian13", "libvirt")),
+]
 
-
-@pytest.fixture(params=["libvirt", "monitor"])
-def engine(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+own = pytest.mark.releases()
+"""On the other releases with --long alone: what it shows does not depend on them, or is a part of
+what the random histories do there.
+"""
 
 
 @pytest.fixture
@@ -114,6 +116,22 @@ def goes_on(scene: Branches, name: str, number: int) -> None:
     sound(scene)
 
 
+def in_place(scene: Branches) -> bool:
+    """Whether libvirt loads a snapshot into the QEMU that runs (before 8.0)."""
+    return bool(scene.machine.stand.handle.getLibVersion() < 8_000_000)
+
+
+def may_load(scene: Branches, name: str) -> None:
+    """The machine has other images than at the snapshot: where libvirt would load it into the QEMU
+    that has them, this is refused until the machine is stopped.
+    """
+    if in_place(scene):
+        with unchanged(scene.machine, scene.store), pytest.raises(Unsupported) as caught:
+            scene.domain.revert_snapshot(name)
+        assert "stop the domain" in str(caught.value.hint)
+        scene.machine.stop()
+
+
 # --- our own reverts -------------------------------------------------------------------------
 
 
@@ -126,16 +144,13 @@ class Run:
     asked: bool | None
     after: str
 
-    def __str__(self) -> str:
-        return f"{self.then}-{self.before}-{self.asked}"
-
 
 RUNS = (
-    Run("running", "running", None, "running"),
-    Run("running", "paused", False, "paused"),
-    Run("running", "stopped", None, "running"),
-    Run("paused", "running", None, "paused"),
-    Run("paused", "stopped", True, "running"),
+    pytest.param(Run("running", "running", None, "running"), id="running-running"),
+    pytest.param(Run("running", "paused", False, "paused"), id="running-paused", marks=own),
+    pytest.param(Run("running", "stopped", None, "running"), id="running-stopped", marks=own),
+    pytest.param(Run("paused", "running", None, "paused"), id="paused-running", marks=own),
+    pytest.param(Run("paused", "stopped", True, "running"), id="paused-stopped"),
 )
 
 
@@ -151,7 +166,7 @@ def _bring(machine: Machine, state: str) -> None:
         machine.domain.suspend()
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("run", RUNS)
 def test_a_revert_makes_a_branch_and_leaves_the_machine_in_the_right_state(
     make: MakeBranches, run: Run
 ) -> None:
@@ -251,6 +266,7 @@ def test_a_checkpoint_of_the_same_instant(make: MakeBranches) -> None:
     sound(scene)
 
 
+@own
 @pytest.mark.parametrize("gone", [("c1",), ("c2",), ("c1", "c2"), ("c2", "c1"), ("r",)], ids=str)
 def test_a_deleted_checkpoint_that_a_snapshot_names(scene: Branches, gone: tuple[str, ...]) -> None:
     scene.create("c3")
@@ -268,6 +284,7 @@ def test_a_deleted_checkpoint_that_a_snapshot_names(scene: Branches, gone: tuple
         sound(scene)
 
 
+@own
 def test_a_name_is_used_again_while_a_snapshot_has_it(scene: Branches) -> None:
     """s2 is of the first c2, not of the second."""
     scene.domain.delete("c2")
@@ -283,6 +300,7 @@ def test_a_name_is_used_again_while_a_snapshot_has_it(scene: Branches) -> None:
     sound(scene)
 
 
+@own
 def test_everything_is_deleted_and_then_reverted(scene: Branches) -> None:
     for name in ("c2", "c1"):
         scene.domain.delete(name)
@@ -295,6 +313,7 @@ def test_everything_is_deleted_and_then_reverted(scene: Branches) -> None:
     sound(scene)
 
 
+@own
 def test_archived_bitmaps_are_no_loss_to_a_revert(scene: Branches) -> None:
     scene.domain.archive(keep=1)
     scene.recording = {"c2"}
@@ -342,6 +361,7 @@ def test_a_snapshot_of_a_machine_that_had_other_disks(make: MakeBranches, tmp_pa
     assert {disk.name for disk in made.disks} == {"vda", "vdb", "sdb"}
     scene.scatter(3)
     scene.targets = kept
+    may_load(scene, "s1")
     reverted = scene.revert("s1")
     assert {disk.name for disk in reverted.disks} == {"vda", "vdb", "sda"}
     scene.scatter(4)
@@ -352,6 +372,7 @@ def test_a_snapshot_of_a_machine_that_had_other_disks(make: MakeBranches, tmp_pa
     assert not [each for each in scene.domain.check() if not each.harmless]
 
 
+@own
 def test_a_revert_when_the_record_was_lost_before(scene: Branches) -> None:
     """QEMU was killed: what it wrote lately is unknown, and so is what depends on it."""
     scene.machine.kill()
@@ -409,6 +430,7 @@ def test_a_snapshot_of_a_stopped_machine(scene: Branches) -> None:
     goes_on(scene, "later", 10)
 
 
+@own
 def test_snapshots_are_listed_and_deleted(scene: Branches) -> None:
     listed = {each.name: each for each in scene.domain.snapshots()}
     assert {name: each.checkpoint for name, each in listed.items()} == {"s1": "c1", "s2": "c2"}
@@ -464,6 +486,7 @@ def externals_revert(scene: Branches) -> bool:
     return bool(scene.machine.stand.handle.getLibVersion() >= 9_009_000)
 
 
+@own
 def test_a_file_for_the_memory_is_not_written_over(make: MakeBranches, tmp_path: Path) -> None:
     scene = make()
     there = tmp_path / "there"
@@ -485,6 +508,7 @@ def _forget_internally(image: Path, name: str) -> None:
     subprocess.run(["qemu-img", "snapshot", "-d", name, str(image)], check=True)
 
 
+@own
 @pytest.mark.parametrize("before", ["running", "stopped"])
 @pytest.mark.parametrize("target", ["vda", "vdb"])
 def test_a_revert_that_libvirt_refuses_leaves_the_present_line_going_on(
@@ -524,36 +548,46 @@ def libvirts_own(scene: Branches, name: str) -> str:
         return str(error)
     finally:
         scene.start()
-        scene.moved()
+        scene.others_reverted()
     return ""
 
 
-@pytest.mark.parametrize("first", ["diff", "create", "repair", "check"])
+def disks_stay(scene: Branches) -> bool:
+    """Whether such a revert is refused on this libvirt with the disks and bitmaps as they were."""
+    return scene.machine.stand.kind in ("debian11", "debian13")
+
+
+@pytest.mark.parametrize(
+    "first", ["create", *(pytest.param(each, marks=own) for each in ("diff", "repair", "check"))]
+)
 def test_a_revert_behind_our_back(
     scene: Branches, first: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert libvirts_own(scene, "s1")  # of the bitmaps; libvirt is not always told so in time
+    stayed = scene.at == "c2"
+    assert stayed == disks_stay(scene)
     scene.scatter(6)
     with caplog.at_level(logging.WARNING, "ckptmgr"):
         if first == "diff":
             scene.check("c2", None)
-            assert "went back" in caplog.text
+            assert ("went back" in caplog.text) == (not stayed)
         elif first == "create":
             scene.create("first")
-            assert "went back" in caplog.text
+            assert ("went back" in caplog.text) == (not stayed)
         elif first == "repair":
             scene.domain.repair()
         else:
             assert scene.domain.check()
     scene.check_all()
     repaired(scene)
-    assert scene.at == ("first" if first == "create" else "c1")
+    assert scene.at == ("first" if first == "create" else "c2" if stayed else "c1")
     goes_on(scene, "later", 7)
     scene.revert("s2")
     scene.scatter(9)
     sound(scene)
 
 
+@own
 def test_reverts_behind_our_back_one_after_the_other(scene: Branches) -> None:
     libvirts_own(scene, "s1")
     scene.scatter(6)
@@ -565,6 +599,7 @@ def test_reverts_behind_our_back_one_after_the_other(scene: Branches) -> None:
     goes_on(scene, "later", 9)
 
 
+@own
 def test_a_revert_behind_our_back_to_a_time_without_checkpoints(make: MakeBranches) -> None:
     scene = make()
     scene.snapshot("s0")
@@ -574,7 +609,7 @@ def test_a_revert_behind_our_back_to_a_time_without_checkpoints(make: MakeBranch
     libvirts_own(scene, "s0")
     scene.scatter(3)
     scene.create("c2")
-    assert scene.points["c2"].parent is None
+    assert scene.points["c2"].parent == ("c1" if disks_stay(scene) else None)
     scene.scatter(4)
     repaired(scene)
 
@@ -663,8 +698,12 @@ def copied(make: MakeBranches, tmp_path: Path) -> Iterator[tuple[Branches, Copie
     yield scene, copies
 
 
-@pytest.mark.parametrize("xml", [True, False], ids=["with its XML", "alone"])
-@pytest.mark.parametrize("only", ["", "vda"], ids=["all disks", "one disk"])
+@pytest.mark.parametrize(
+    "xml", [pytest.param(True, id="with its XML"), pytest.param(False, id="alone", marks=own)]
+)
+@pytest.mark.parametrize(
+    "only", [pytest.param("", id="all disks"), pytest.param("vda", id="one disk", marks=own)]
+)
 def test_storage_goes_back(copied: tuple[Branches, Copies], xml: bool, only: str) -> None:
     scene, copies = copied
     copies.put_back(scene, xml=xml, only=only)
@@ -680,6 +719,7 @@ def test_storage_goes_back(copied: tuple[Branches, Copies], xml: bool, only: str
     goes_on(scene, "later", 7)
 
 
+@own
 def test_storage_goes_back_and_forth(copied: tuple[Branches, Copies], tmp_path: Path) -> None:
     scene, copies = copied
     younger = Copies.take(scene, tmp_path / "younger")
@@ -705,6 +745,7 @@ def test_storage_goes_back_and_forth(copied: tuple[Branches, Copies], tmp_path: 
     goes_on(scene, "later", 11)
 
 
+@own
 def test_storage_goes_back_to_when_another_checkpoint_had_the_name(
     copied: tuple[Branches, Copies], tmp_path: Path
 ) -> None:
@@ -731,7 +772,20 @@ JOBS: dict[str, Callable[[Machine, str], object]] = {
 }
 
 
-@pytest.mark.parametrize("resized", [False, True], ids=["", "after a resize"])
+def after_job(scene: Branches, job: str, *, resized: bool = False) -> None:
+    """A block job is done.  libvirt 7.0 knows nothing of bitmaps, and takes none to a copy; the
+    others lose some when the disk was resized.
+    """
+    scene.find()
+    gone = not scene.recorded()
+    assert resized or gone == (job == "copy" and scene.machine.stand.kind == "debian11")
+    if gone or resized:
+        scene.lose()
+
+
+@pytest.mark.parametrize(
+    "resized", [pytest.param(False, id=""), pytest.param(True, id="after a resize", marks=own)]
+)
 @pytest.mark.parametrize("job", JOBS)
 def test_an_external_snapshot_and_a_block_job_of_others(
     scene: Branches, job: str, resized: bool
@@ -750,15 +804,14 @@ def test_an_external_snapshot_and_a_block_job_of_others(
         scene.write("vda", 5 * MIB, 70_000)
         scene.lose()
     JOBS[job](machine, "vda")
-    scene.find()
-    if resized:
-        scene.lose()
+    after_job(scene, job, resized=resized)
     scene.scatter(8)
     scene.check_all()
     repaired(scene)
     goes_on(scene, "later", 9)
     if job != "commit" and not resized:
         # the snapshots are in images that have left the chain
+        may_load(scene, "s1")
         scene.revert("s1")
         scene.scatter(11)
         sound(scene)
@@ -787,6 +840,7 @@ def test_fact_23_changes_are_not_called_clean(make: MakeBranches) -> None:
     repaired(scene)
 
 
+@own
 def test_the_disk_grows_before_a_snapshot(make: MakeBranches) -> None:
     """What came to the disk is a part of what changed since."""
     scene = make((DiskSpec("vda", size=4 * MIB),))
@@ -803,24 +857,21 @@ def test_the_disk_grows_before_a_snapshot(make: MakeBranches) -> None:
     scene.check_all()
 
 
+@own
 def test_a_revert_from_an_overlay_to_a_snapshot_in_its_base(scene: Branches) -> None:
     block_jobs.overlay(scene.machine)
     scene.find()
     scene.scatter(6)
     scene.create("c3")
     scene.scatter(7)
-    if scene.machine.stand.handle.getLibVersion() < 8_000_000:
-        # it would load the snapshot into the QEMU that runs, which has other images
-        with unchanged(scene.machine, scene.store), pytest.raises(Unsupported) as caught:
-            scene.domain.revert_snapshot("s1")
-        assert "stop the domain" in str(caught.value.hint)
-        scene.machine.stop()
+    may_load(scene, "s1")
     scene.revert("s1")
     scene.scatter(8)
     sound(scene)
     goes_on(scene, "later", 9)
 
 
+@own
 def test_a_snapshot_whose_base_was_written_since_is_refused(scene: Branches) -> None:
     """What it stands on is not what it was."""
     block_jobs.overlay(scene.machine)
@@ -828,6 +879,7 @@ def test_a_snapshot_whose_base_was_written_since_is_refused(scene: Branches) -> 
     scene.scatter(6)
     scene.snapshot("s3")
     scene.scatter(7)
+    may_load(scene, "s1")
     scene.revert("s1")
     for made in ("c4", ""):
         scene.scatter(8)
@@ -845,22 +897,25 @@ def test_a_revert_to_an_image_that_has_left_the_chain(scene: Branches) -> None:
     """Its bitmaps are still in it, and QEMU would not revert it: they are ours, and go."""
     for target in scene.targets:
         block_jobs.copy(scene.machine, target)
-    scene.find()
+    after_job(scene, "copy")
     scene.scatter(6)
     scene.create("c3")
     scene.scatter(7)
+    may_load(scene, "s1")
     scene.revert("s1")
     scene.scatter(8)
     sound(scene)
     goes_on(scene, "later", 9)
 
 
+@own
 def test_an_image_that_has_left_the_chain_with_a_bitmap_of_others_is_refused(
     scene: Branches,
 ) -> None:
     old = scene.machine.images["vda"]
     block_jobs.copy(scene.machine, "vda")
     scene.find()
+    may_load(scene, "s1")
     for name, reason in (("somebody", "not ours"), ("c3", "not ours")):
         subprocess.run(["qemu-img", "bitmap", "--add", str(old), name], check=True)
         with unchanged(scene.machine, scene.store), pytest.raises(Unsupported, match=reason):
@@ -887,6 +942,15 @@ def _in_snapshot(image: Path, name: str, to: Path) -> bytes:
     return to.read_bytes()
 
 
+def _writes_on(machine: Machine) -> None:
+    """Wait until the guest has gone on for a while to write where it was."""
+    first = machine.domain.blockStats("vda")[2]
+    deadline = time.monotonic() + 120
+    while machine.domain.blockStats("vda")[2] < first + 5:
+        assert time.monotonic() < deadline, "the guest does not go on"
+        time.sleep(0.1)
+
+
 def test_not_one_write_of_a_running_guest_escapes(
     stand: Stand, engine: str, tmp_path: Path
 ) -> None:
@@ -904,7 +968,7 @@ def test_not_one_write_of_a_running_guest_escapes(
             made = domain.revert_snapshot("s1")
             assert made.parent == left
             assert machine.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
-            time.sleep(1.5)  # it goes on to write where it was
+            _writes_on(machine)
             machine.domain.suspend()
             then = _in_snapshot(machine.images["vda"], "s1", tmp_path / "then")
             now = machine.contents("vda")

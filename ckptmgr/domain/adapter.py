@@ -11,10 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..config import Driver
 from ..errors import CkptmgrError, GuestAgentFailed, NodeUnknown, OperationFailed, Unsupported
 from ..xml import parse
-from . import agent, images, nodes, support
+from . import agent, folders, images, nodes, support
 from .binding import libvirt
 from .bitmaps import parse_layers
 from .chain import read_chain
@@ -136,7 +135,7 @@ class DomainAdapter:
         if self.connection.local:
             if not active and not disk.chain_known:
                 disk = self._with_chain(disk)
-            disk = replace(disk, chain=tuple(_described(image) for image in disk.chain))
+            disk = replace(disk, chain=tuple(images.described(image) for image in disk.chain))
             disk = replace(disk, size=disk.top.size)
         if disk.size is None:
             disk = replace(disk, size=self._capacity(disk))
@@ -429,7 +428,8 @@ class DomainAdapter:
         with translate("asking for the id", self.name):
             # A handle keeps the id that the domain had when it was looked up.
             number = self.connection.handle.lookupByUUIDString(self.uuid).ID()
-        base = self._lib_directory()
+        location = self.connection.location
+        base = folders.library(location.driver, location.root)
         try:
             found = [
                 entry for entry in base.iterdir() if entry.name.startswith(f"domain-{number}-")
@@ -440,16 +440,6 @@ class DomainAdapter:
             raise Unsupported(f"{base} has no folder of domain {self.name!r}", hint=hint)
         return self._accessible(found[0], hint)
 
-    def _lib_directory(self) -> Path:
-        location = self.connection.location
-        if location.driver is Driver.EMBEDDED and location.root is not None:
-            return location.root / "lib" / "qemu"
-        if location.driver is Driver.SESSION:
-            configured = os.environ.get("XDG_CONFIG_HOME", "")
-            base = Path(configured) if configured.startswith("/") else Path.home() / ".config"
-            return base / "libvirt" / "qemu" / "lib"
-        return Path("/var/lib/libvirt/qemu")
-
     def _accessible(self, folder: Path, hint: str) -> Path:
         if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
             raise Unsupported(
@@ -457,35 +447,6 @@ class DomainAdapter:
                 hint=hint,
             )
         return folder
-
-
-def _described(image: Image) -> Image:
-    """A local image with what its qcow2 header says, and its virtual size.
-
-    That spares a call of libvirt's for each disk, which in turn asks QEMU.
-    """
-    if image.path is None or image.format not in ("qcow2", "raw"):
-        return image
-    try:
-        if image.format == "raw":
-            return replace(image, size=image.slice_size or images.raw_size(image.path))
-        header = images.read_header(image.path)
-    except OSError as error:
-        log.info("%s cannot be read: %s", image.path, error)
-        return image
-    if header is None:
-        return image
-    data_file = image.data_file
-    if data_file is None and header.has_data_file:
-        named = header.data_file or "(external data file)"
-        data_file = str(Path(image.path).parent / named)
-    return replace(
-        image,
-        data_file=data_file,
-        qcow2_version=header.version,
-        cluster_size=header.cluster_size,
-        size=header.size,
-    )
 
 
 def _image(layer: Layer) -> Image:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Driver
 from ..xml import parse
+from .folders import tpm_states
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,9 @@ def attachments(
     for backend in root.iterfind("devices/tpm/backend[@type='emulator']"):
         source = backend.find("source")
         named = source.get("path", "") if source is not None else ""
-        folder = Path(named) if named.startswith("/") else _tpm(uuid, driver, embedded_root)
+        folder = Path(named) if named.startswith("/") else tpm_states(driver, embedded_root) / uuid
         found.append(Attachment("tpm", folder))
     return tuple(found)
-
-
-def _tpm(uuid: str, driver: Driver, embedded_root: Path | None) -> Path:
-    """Where libvirt keeps the state of a domain's TPM (swtpmStorageDir of qemu_conf.c)."""
-    if driver is Driver.EMBEDDED and embedded_root is not None:
-        return embedded_root / "lib" / "swtpm" / uuid
-    if driver is Driver.SESSION:
-        configured = os.environ.get("XDG_CONFIG_HOME", "")
-        base = Path(configured) if configured.startswith("/") else Path.home() / ".config"
-        return base / "libvirt" / "qemu" / "swtpm" / uuid
-    return Path("/var/lib/libvirt/swtpm") / uuid
 
 
 def members(folder: Path) -> Iterator[Path]:

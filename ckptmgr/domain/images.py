@@ -5,14 +5,19 @@ Nothing here takes a lock or writes, so a running QEMU does not mind.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from .. import qcow2
 from ..errors import OperationFailed
+from .disk import Image
+
+log = logging.getLogger("ckptmgr")
 
 
 @contextmanager
@@ -61,3 +66,32 @@ def raw_size(path: str | Path) -> int | None:
     """
     found = Path(path).stat()
     return -(-found.st_size // 512) * 512 if stat.S_ISREG(found.st_mode) else None
+
+
+def described(image: Image) -> Image:
+    """A local image with what its qcow2 header says, and its virtual size.
+
+    That spares a call of libvirt's for each disk, which in turn asks QEMU.
+    """
+    if image.path is None or image.format not in ("qcow2", "raw"):
+        return image
+    try:
+        if image.format == "raw":
+            return replace(image, size=image.slice_size or raw_size(image.path))
+        header = read_header(image.path)
+    except OSError as error:
+        log.info("%s cannot be read: %s", image.path, error)
+        return image
+    if header is None:
+        return image
+    data_file = image.data_file
+    if data_file is None and header.has_data_file:
+        named = header.data_file or "(external data file)"
+        data_file = str(Path(image.path).parent / named)
+    return replace(
+        image,
+        data_file=data_file,
+        qcow2_version=header.version,
+        cluster_size=header.cluster_size,
+        size=header.size,
+    )

@@ -1,0 +1,35 @@
+"""Where libvirt's QEMU driver keeps its folders (qemu_conf.c).
+
+Each function takes the driver and the root directory of an embedded one.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..config import Driver
+
+
+def library(driver: Driver, root: Path | None) -> Path:
+    """The folder with one for each running domain, where QEMU has its sockets (libDir)."""
+    if driver is Driver.EMBEDDED and root is not None:
+        return root / "lib" / "qemu"
+    if driver is Driver.SESSION:
+        return _session() / "lib"
+    return Path("/var/lib/libvirt/qemu")
+
+
+def tpm_states(driver: Driver, root: Path | None) -> Path:
+    """The folder with the state of each domain's TPM, by UUID (swtpmStorageDir)."""
+    if driver is Driver.EMBEDDED and root is not None:
+        return root / "lib" / "swtpm"
+    if driver is Driver.SESSION:
+        return _session() / "swtpm"
+    return Path("/var/lib/libvirt/swtpm")
+
+
+def _session() -> Path:
+    configured = os.environ.get("XDG_CONFIG_HOME", "")
+    base = Path(configured) if configured.startswith("/") else Path.home() / ".config"
+    return base / "libvirt" / "qemu"

@@ -16,7 +16,19 @@ import libvirt
 import pytest
 
 from integration.conftest import MakeMachine
-from integration.stand import MIB, Daemon, DiskSpec, Embedded, Stand, Workspace, reap, rounded
+from integration.stand import (
+    MIB,
+    Daemon,
+    DiskSpec,
+    Embedded,
+    Machine,
+    Stand,
+    Workspace,
+    guest,
+    reap,
+    rounded,
+    starts,
+)
 from integration.stand.accel import runs
 from integration.stand.workspace import _started
 from integration.traces import holding, naming
@@ -117,6 +129,54 @@ def test_machines_outlive_their_daemon(daemon: Daemon, make_vm_on: MakeMachine) 
     vm.domain = daemon.handle.lookupByName(vm.name)
     assert vm.active
     assert vm.pid == pid
+
+
+@pytest.fixture
+def hanging(
+    embedded: Embedded, make_vm_on: MakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Machine, guest.Boot]:
+    """A Linux guest that does not get anywhere, where it is known that this happens."""
+    monkeypatch.setattr(guest, "may_hang", lambda domain: True)
+    monkeypatch.setattr(guest, "HANGS", 0.1)
+    monkeypatch.setenv(starts.FILE, str(tmp_path / "starts"))
+    boot = guest.Boot.prepare(tmp_path)
+    linux = {"os_elements": boot.os_elements, "devices": boot.devices, "memory": guest.MEMORY}
+    return make_vm_on(embedded, **linux), boot
+
+
+def test_a_guest_that_hangs_at_its_start_is_looked_at_and_started_again(
+    hanging: tuple[Machine, guest.Boot], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, boot = hanging
+
+    def again() -> None:
+        monkeypatch.setattr(guest, "HANGS", guest.BOOT)
+        vm.domain.destroy()
+        vm.start(paused=False)
+
+    shell = guest.come_up(boot, vm.domain, again, name=vm.name)
+    shell.write("vda", MIB, 4096, 0x5A)
+    shell.close()
+    assert vm.holds("vda", MIB, 4096, 0x5A)
+    first, second = starts.read(tmp_path / "starts")
+    assert "VM status: paused" in first.hung
+    assert first.hung.count("EIP=0000fff0") == 2
+    assert not second.hung
+    said = starts.lines([first, second])
+    assert said[0].startswith("2 starts, ")
+    assert said[0].endswith("; 1 of them hung and were started again")
+
+
+def test_a_guest_that_hangs_every_time_is_given_up_with_what_it_was_seen_doing(
+    hanging: tuple[Machine, guest.Boot], tmp_path: Path
+) -> None:
+    vm, boot = hanging
+    tries: list[None] = []
+    with pytest.raises(TimeoutError, match=r"started 3 times; now:\nVM status: paused") as failure:
+        guest.come_up(boot, vm.domain, lambda: tries.append(None), name=vm.name)
+    assert len(tries) == guest.STARTS - 1
+    assert "IP=0000fff0" in str(failure.value)
+    assert all(start.hung for start in starts.read(tmp_path / "starts"))
 
 
 def test_rounded_merges_and_clips() -> None:

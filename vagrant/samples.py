@@ -26,7 +26,7 @@ import libvirt_qemu
 
 import ckptmgr
 from integration.stand import MIB, DiskSpec
-from integration.stand.guest import MEMORY, Boot, Shell
+from integration.stand.guest import MEMORY, Boot, Shell, come_up
 from integration.stand.machine import domain_xml
 
 URI = "qemu:///system"
@@ -74,7 +74,7 @@ KNOWN = [sample.name for sample in SAMPLES]
 @contextmanager
 def shell(sample: Sample) -> Iterator[Shell]:
     """The guest's command line, once it has booted."""
-    found = Shell(Boot(sample.folder), boot_seconds=120)
+    found = Shell(Boot(sample.folder))
     try:
         yield found
     finally:
@@ -90,8 +90,19 @@ def start(connection: libvirt.virConnect, names: Sequence[str]) -> None:
             domain = define(connection, sample)
         if not domain.isActive():
             domain.create()
+            wait(domain, sample)
         require_kvm(domain)
         tell_story(sample)
+
+
+def wait(domain: libvirt.virDomain, sample: Sample) -> None:
+    """Wait until a guest that was started takes commands."""
+
+    def again() -> None:
+        domain.destroy()
+        domain.create()
+
+    come_up(Boot(sample.folder), domain, again, name=sample.name).close()
 
 
 def define(connection: libvirt.virConnect, sample: Sample) -> libvirt.virDomain:

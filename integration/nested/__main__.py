@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 
 from integration.stacks import table
-from integration.stand import StandError, Workspace, reap
+from integration.stand import StandError, Workspace, reap, starts
+from integration.stand.accel import domain_type
 
 from .host import CHECKOUT, TREE, Host, Image, Lan
 
@@ -29,6 +30,8 @@ FIRST, SECOND = "192.168.77.1/24", "192.168.77.2/24"
 
 RESULTS = "/var/tmp/results"
 """In the host."""
+
+NOTED = f"{starts.FILE}={RESULTS}/starts"
 
 
 def say(text: str) -> None:
@@ -44,7 +47,8 @@ def prepare(host: Host) -> float:
     host.push()
     measure = f"cd {TREE} && .venv/bin/python -m integration.stand.patience"
     patience = float(host.shell(measure))
-    given = [f"CKPTMGR_TEST_PATIENCE={patience}", "CKPTMGR_SAMPLES=web"]
+    host.shell(f"mkdir -p {RESULTS}")
+    given = [f"CKPTMGR_TEST_PATIENCE={patience}", "CKPTMGR_SAMPLES=web", NOTED]
     if host.show("env", *given, "vagrant/provision.sh", seconds=LIMIT):
         raise StandError(f"{host.name}: vagrant/provision.sh has failed")
     say(f"{host.name} is ready; it is {patience:.0f} times slower than an ordinary machine")
@@ -76,6 +80,7 @@ def tests(
         "CKPTMGR_TEST_ACCEL=kvm",
         f"CKPTMGR_TEST_PATIENCE={patience}",
         f"{table.CELLS}={RESULTS}/cells",
+        NOTED,
         *environment,
         *(".venv/bin/python", "-m", "pytest", *_files(), "-q", "--stand", stand),
         *("-m", "nested", "-p", "no:cacheprovider", f"--timeout={300 * patience:.0f}"),
@@ -93,6 +98,9 @@ def summary(host: Host, results: Path) -> None:
     print(host.shell("grep -h . /sys/module/kvm_*/parameters/nested | sed 's/^/nested: /'").strip())
     info = "virsh -c qemu:///system qemu-monitor-command web --hmp 'info kvm'"
     print(f"sample VM 'web': {host.shell(info).strip()}")
+    print("\n--- Linux guests on KVM")
+    for line in starts.lines(starts.read(results / "starts")):
+        print(line)
     print("\n--- on KVM, on which libvirt, with which engine")
     if not (results / "cells").exists():
         print("no test has run")
@@ -108,17 +116,32 @@ def summary(host: Host, results: Path) -> None:
         table.add(Path(kept), found)
 
 
+def booted(workspace: Workspace, image: Image) -> Host:
+    """A host that takes commands; one that is emulated and does not boot is booted again, once."""
+    again = domain_type() != "kvm"
+    while True:
+        host = Host(workspace, image)
+        try:
+            host.wait()
+        except BaseException as reason:
+            host.close()
+            if not again or not isinstance(reason, StandError):
+                raise
+            again = False
+            say(f"{reason}\nbooting another")
+        else:
+            return host
+
+
 def on_one_host(workspace: Workspace, image: Image, options: argparse.Namespace) -> bool:
     """The tests that are marked; whether all have passed."""
-    with Host(workspace, image) as host:
-        host.wait()
+    with booted(workspace, image) as host:
         say(f"{host.name} runs; setting it up")
         patience = prepare(host)
         if options.shell:
             host.interact()
             return True
         quieten(host)
-        host.shell(f"mkdir -p {RESULTS}")
         passed = [tests(host, patience, stand, options.pytest) for stand in ("embedded", "daemon")]
         host.pull(RESULTS, options.results)
         summary(host, options.results)
@@ -143,7 +166,6 @@ def on_two_hosts(workspace: Workspace, image: Image, options: argparse.Namespace
             patience = max(both.map(prepare, hosts))
         for host in hosts:
             quieten(host)
-        first.shell(f"mkdir -p {RESULTS}")
         other = f"CKPTMGR_TEST_OTHER_HOST={SECOND.partition('/')[0]}"
         passed = tests(first, patience, "daemon", options.pytest, other)
         first.pull(RESULTS, options.results)

@@ -4,6 +4,7 @@
 to have a private libvirt, ``Machine`` is a domain of one of them with its images.
 """
 
+from . import starts
 from .guest import Guest
 from .images import MIB, DiskSpec, await_greeting, rounded
 from .libvirts import Daemon, Embedded, Stand, StandError, System, private_mounts
@@ -27,4 +28,5 @@ __all__ = [
     "private_mounts",
     "reap",
     "rounded",
+    "starts",
 ]

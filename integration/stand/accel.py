@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import tempfile
+from pathlib import Path
 
 # A boot sector that leaves QEMU through isa-debug-exit: mov al, 0x2a; out 0xf4, al; hlt.
 _SECTOR = bytes.fromhex("b02a e6f4 f4").ljust(510, b"\0") + b"\x55\xaa"
@@ -45,3 +46,9 @@ def domain_type() -> str:
         return {"kvm": "kvm", "tcg": "qemu"}[chosen]
     usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
     return "kvm" if usable and runs("kvm", seconds=2) else "qemu"
+
+
+@functools.cache
+def processor_is_emulated() -> bool:
+    """Whether this machine's processor is QEMU's: what it has of SVM is in software then."""
+    return "QEMU TCG CPU" in Path("/proc/cpuinfo").read_text()

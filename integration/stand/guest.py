@@ -7,6 +7,9 @@ a number that the answer repeats:
     7 write vda 65536 4096 245        ->  7 ok
     8 churn vda 65536 512             ->  8 ok, then "at <n>" after each write, until "stop"
 
+It says "ready" when it begins to.  On KVM that QEMU emulates a guest hangs now and then while it
+boots; there it is started again (``come_up``), and the run says so (``starts``).
+
 Run as a program, it fetches the kernel, so that tests need no network.
 """
 
@@ -22,17 +25,36 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import libvirt
+import libvirt_qemu
+
+from . import starts
+from .accel import processor_is_emulated
 from .images import DiskSpec
 from .libvirts import Stand
 from .machine import Machine
-from .patience import patiently
+from .patience import factor, measured, patiently
 
 MEMORY = 128
 """MiB; less is not enough for the kernel to unpack its initramfs."""
+
+BOOT = 60
+"""Seconds that a boot may take on an ordinary machine."""
+
+HANGS = 5
+"""The same where one that hangs is started again: about five times what it takes."""
+
+SLOWEST = 40
+"""The factor up to which a slow machine is waited for there."""
+
+STARTS = 3
+"""How often a guest is started there before it is given up."""
+
+ANSWERS = ("ok", "failed")
 
 # In the order in which they need each other.
 MODULES = (
@@ -61,6 +83,7 @@ sh /commands </dev/ttyS1 >/dev/ttyS1 2>/dev/console
 
 COMMANDS = """\
 stty raw -echo
+echo ready
 
 put() {
     [ -b /dev/$1 ] || return 1
@@ -224,12 +247,19 @@ class Shell:
     """
 
     def __init__(
-        self, boot: Boot, *, port: str = "port", churning: bool = False, boot_seconds: float = 60
+        self,
+        boot: Boot,
+        *,
+        port: str = "port",
+        churning: bool = False,
+        seconds: float | None = None,
     ) -> None:
         """Wait until the guest takes commands.
 
         port -- where in the folder of `boot` it does
         churning -- it was told to ``churn`` by another command line
+        seconds -- how long to wait, of this machine; by default as long as any boot may take
+        Raises TimeoutError.
         """
         self.boot = boot
         self.churned: list[int] = []
@@ -241,7 +271,7 @@ class Shell:
         try:
             self._port.connect(f"{boot.folder}/{port}")
             threading.Thread(target=self._listen, daemon=True, name="guest").start()
-            self._wait_for_boot(boot_seconds)
+            self._wait_for_boot(patiently(BOOT) if seconds is None else seconds)
         except BaseException:
             self.close()
             raise
@@ -251,14 +281,18 @@ class Shell:
         self._port.close()
 
     def _wait_for_boot(self, seconds: float) -> None:
-        deadline = time.monotonic() + patiently(seconds)
+        deadline = time.monotonic() + seconds
+        # One that runs already has said that it is ready to somebody else, and is asked.  Seldom:
+        # until its init listens all that is sent waits for it, and where the machine is emulated
+        # a character at the port costs a hundredth of a second.
+        pause = 0.25
         while time.monotonic() < deadline:
-            # until its init listens, the guest throws away what it is sent
             self._port.sendall(b"\n0 ping\n")
             with self._changed:
-                if self._changed.wait_for(lambda: 0 in self._answers, timeout=0.25):
+                if self._changed.wait_for(lambda: 0 in self._answers, timeout=pause):
                     return
-        raise TimeoutError(f"the guest has not booted in {seconds} s: {self.boot.console()}")
+            pause = min(2 * pause, 10, max(0.25, deadline - time.monotonic()))
+        raise TimeoutError(f"the guest has not booted in {seconds:.0f} s: {self.boot.console()}")
 
     def _listen(self) -> None:
         try:
@@ -276,7 +310,10 @@ class Shell:
                     self._churn_over = True
                 case ["at", number] if number.isdigit():
                     self.churned.append(int(number))
-                case [number, answer] if number.isdigit():
+                case ["ready"]:
+                    self._answers[0] = "ok"
+                # what was sent before it listened comes back as an echo
+                case [number, answer] if number.isdigit() and answer in ANSWERS:
                     self._answers[int(number)] = answer
             self._changed.notify_all()
 
@@ -322,6 +359,63 @@ class Shell:
             raise TimeoutError(f"the guest has not got to write {number}")
 
 
+def observed(domain: libvirt.virDomain) -> str:
+    """What a guest that does not answer is doing: QEMU's word, and two looks at its processor."""
+    printed: list[str] = []
+
+    def look() -> None:
+        flags = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+        for line in ("info status", "info kvm", "info registers", "info lapic", "info registers"):
+            try:
+                said = libvirt_qemu.qemuMonitorCommand(domain, line, flags)
+            except libvirt.libvirtError as reason:
+                said = str(reason)
+            # of the registers, those up to the flags
+            kept = [text.strip() for text in said.splitlines() if text.strip()]
+            ends = (n for n, text in enumerate(kept, 1) if text.startswith(("RIP=", "EIP=")))
+            printed.append("\n".join(kept[: next(ends, None)]))
+
+    # a monitor can hang with its guest
+    looking = threading.Thread(target=look, daemon=True, name="observed")
+    looking.start()
+    looking.join(patiently(2))
+    return "\n".join(printed) or "its monitor does not answer"
+
+
+def may_hang(domain: libvirt.virDomain) -> bool:
+    """Whether the domain is on KVM and that on SVM in software."""
+    return processor_is_emulated() and domain.XMLDesc().startswith("<domain type='kvm'")
+
+
+def come_up(
+    boot: Boot, domain: libvirt.virDomain, again: Callable[[], None], *, name: str
+) -> Shell:
+    """Wait until a guest that was just started takes commands.
+
+    again -- ends it and starts it anew, where one may hang: on KVM that is emulated
+    Raises TimeoutError, with what the guest was seen doing.
+    """
+    hangs = may_hang(domain)
+    number = 1
+    while True:
+        # what others do on this machine changes: it counts how slow it is now
+        seconds = HANGS * max(factor(), min(measured(), SLOWEST)) if hangs else patiently(BOOT)
+        begun = time.monotonic()
+        try:
+            shell = Shell(boot, seconds=seconds)
+        except TimeoutError as reason:
+            seen = observed(domain)
+            starts.note(starts.Start(name, time.monotonic() - begun, seen))
+            if not hangs or number == STARTS:
+                raise TimeoutError(f"{reason}\nstarted {number} times; now:\n{seen}") from None
+        else:
+            starts.note(starts.Start(name, time.monotonic() - begun))
+            return shell
+        print(f"{name} hangs; starting it again.  It was seen:\n{seen}", file=sys.stderr)
+        again()
+        number += 1
+
+
 class Guest:
     """A machine of a stand with Linux in it: ``machine`` from outside, ``shell`` from inside."""
 
@@ -344,10 +438,15 @@ class Guest:
             devices=boot.devices,
         )
         try:
-            self.shell = Shell(boot)
+            machine = self.machine
+            self.shell = come_up(boot, machine.domain, self._again, name=machine.name)
         except BaseException:
             self.machine.destroy()
             raise
+
+    def _again(self) -> None:
+        self.machine.domain.destroy()
+        self.machine.start(paused=False)
 
     def reconnect(self, *, port: str = "port", churning: bool = False) -> None:
         """Take up its command line again after its QEMU was replaced, as by a revert.

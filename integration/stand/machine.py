@@ -35,6 +35,16 @@ _UNDEFINE = (
 )
 
 
+# Without a TSC deadline Linux measures its timer against another clock while it boots.  If that is
+# held up between two readings, as on a busy or emulated host, the timer is wrong by any factor from
+# then on, and the guest may sleep for minutes where it wanted milliseconds.  KVM emulates deadlines
+# on every processor.
+_CPU_ON_KVM = (
+    "<cpu mode='custom' match='exact' check='none'><model fallback='forbid'>qemu64</model>"
+    "<feature policy='require' name='tsc-deadline'/></cpu>"
+)
+
+
 def domain_xml(
     name: str,
     disks: Sequence[DiskSpec],
@@ -46,15 +56,22 @@ def domain_xml(
     devices: str = "",
     elements: str = "",
     commandline: Sequence[str] = (),
+    accelerator: str | None = None,
 ) -> str:
-    """The XML of a small domain; the arguments are those of ``Machine``."""
+    """The XML of a small domain; the arguments are those of ``Machine``.
+
+    accelerator -- kvm or qemu, where that is not to be found out by a trial
+    """
+    accelerator = accelerator or domain_type()
+    if accelerator == "kvm":
+        elements += _CPU_ON_KVM
     scsi = any(disk.on_bus == "scsi" for disk in disks)
     controller = "<controller type='scsi' index='0' model='virtio-scsi'/>" if scsi else ""
     if commandline:
         arguments = "".join(f"<qemu:arg value={quoteattr(each)}/>" for each in commandline)
         elements += f"<qemu:commandline>{arguments}</qemu:commandline>"
     return f"""\
-<domain type='{domain_type()}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+<domain type='{accelerator}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{escape(name)}</name>
   <memory unit='MiB'>{memory}</memory>
   <vcpu>1</vcpu>

@@ -378,7 +378,7 @@ def observed(domain: libvirt.virDomain) -> str:
     # a monitor can hang with its guest
     looking = threading.Thread(target=look, daemon=True, name="observed")
     looking.start()
-    looking.join(patiently(2))
+    looking.join(max(10, patiently(2)))
     return "\n".join(printed) or "its monitor does not answer"
 
 
@@ -396,6 +396,7 @@ def come_up(
     Raises TimeoutError, with what the guest was seen doing.
     """
     hangs = may_hang(domain)
+    last = STARTS if hangs else 1
     number = 1
     while True:
         # what others do on this machine changes: it counts how slow it is now
@@ -406,8 +407,8 @@ def come_up(
         except TimeoutError as reason:
             seen = observed(domain)
             starts.note(starts.Start(name, time.monotonic() - begun, seen))
-            if not hangs or number == STARTS:
-                raise TimeoutError(f"{reason}\nstarted {number} times; now:\n{seen}") from None
+            if number == last:
+                raise TimeoutError(f"{reason}\nstart {number} of {last}; seen:\n{seen}") from None
         else:
             starts.note(starts.Start(name, time.monotonic() - begun))
             return shell

@@ -47,7 +47,7 @@ def lines(found: Sequence[Start]) -> list[str]:
     booted = [start.seconds for start in found if not start.hung]
     hung = [start for start in found if start.hung]
     took = f", {min(booted):.0f} to {max(booted):.0f} s until commands are taken" if booted else ""
-    said = [f"{len(found)} starts{took}; {len(hung)} of them hung and were started again"]
+    said = [f"{len(found)} starts{took}; {len(hung)} of them hung"]
     for start in hung:
         said.append(f"{start.guest} hung for {start.seconds:.0f} s:")
         said += [f"    {line}" for line in start.hung.splitlines()]

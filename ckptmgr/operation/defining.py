@@ -28,14 +28,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..align import default_granularity, untrackable
+from ..align import untrackable
 from ..backup import temporaries
 from ..backup.definition import Identity, Image, Redefinition, redefined
 from ..backup.placement import Kind, Place, Request, place
 from ..backup.restoring import Kept, made, settled, view, volumes
 from ..backup.staging import Progress, Staged, check, install, staged, uninstall
 from ..backup.views import RestoreView
-from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, State
+from ..checkpoint import Checkpoint, EngineName
 from ..config import Settings
 from ..document import format_libvirt
 from ..domain.adapter import DomainAdapter
@@ -60,6 +60,7 @@ from ..store import DomainStore, Intent, Loaded, Store, files
 from ..views import DomainView
 from . import projection, recovery
 from .session import Session
+from .tracking import restored_disk, untracked_disk
 
 log = logging.getLogger("ckptmgr")
 
@@ -503,23 +504,12 @@ def settle(session: Session, intent: Intent) -> None:
 def _checkpoint(session: Session, loaded: Loaded, intent: Intent) -> Checkpoint:
     """The first checkpoint: of the images as they were when they got their names."""
     name = intent.names[0]
-    disks = []
-    for disk in session.disks:
-        source = None if disk.empty else disk.top.source
-        recorded = CheckpointDisk(disk.target, size=disk.size, source=source)
-        reason = untrackable(disk, _OFFLINE)
-        if reason is None and not _is_restored(disk, intent):
-            reason = NOT_OURS
-        disks.append(
-            replace(recorded, reason=reason)
-            if reason is not None
-            else replace(
-                recorded,
-                bitmap=name,
-                granularity=default_granularity(disk),
-                state=State.RECORDING,
-            )
-        )
+    disks = [
+        untracked_disk(disk, NOT_OURS)
+        if untrackable(disk, _OFFLINE) is None and not _is_restored(disk, intent)
+        else restored_disk(name, disk)
+        for disk in session.disks
+    ]
     return Checkpoint(
         name,
         int(time.time()),

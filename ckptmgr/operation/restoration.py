@@ -30,7 +30,7 @@ from typing import Any
 
 from pyroaring import BitMap64
 
-from ..align import DiskRequest, default_granularity, find_disk, untrackable
+from ..align import DiskRequest, find_disk, untrackable
 from ..backup.placement import Kind, Place, chosen
 from ..backup.repository import Repository
 from ..backup.restoring import Kept, among, view
@@ -63,6 +63,7 @@ from ..xml import parse
 from . import archive, creation, difference, projection
 from .reversion import free_name, keep_tails
 from .session import Session
+from .tracking import restored_disk, untracked_disk
 
 log = logging.getLogger("ckptmgr")
 
@@ -489,26 +490,14 @@ def _checkpoint(
     others = _of_others(session, loaded, name, restored)
     disks = []
     for disk in session.disks:
-        source = None if disk.empty else disk.top.source
-        recorded = CheckpointDisk(disk.target, size=disk.size, source=source)
         if disk.target in restored:
-            reason = untrackable(disk, _OFFLINE)
-            disks.append(
-                replace(recorded, reason=reason)
-                if reason is not None
-                else replace(
-                    recorded,
-                    bitmap=name,
-                    granularity=default_granularity(disk),
-                    state=State.RECORDING,
-                    interval=_interval(data["disks"][disk.target]["interval"]),
-                )
-            )
+            interval = _interval(data["disks"][disk.target]["interval"])
+            disks.append(restored_disk(name, disk, interval))
         elif disk.target in others:
             disks.append(others[disk.target])
         else:
             reason = untrackable(disk, _OFFLINE) or "the domain ran before it could be tracked"
-            disks.append(replace(recorded, reason=reason))
+            disks.append(untracked_disk(disk, reason))
     return Checkpoint(
         name,
         int(time.time()),

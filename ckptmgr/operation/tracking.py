@@ -1,11 +1,12 @@
-"""What a new checkpoint has of each disk, and which maps end with it: pure."""
+"""What a new checkpoint records of each disk, and which maps end with it: pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from ..align import AlignedDisk
-from ..checkpoint import Checkpoint, CheckpointDisk, Interval, State
+from ..align import AlignedDisk, default_granularity, untrackable
+from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
 from ..domain.disk import Disk, DiskLayers
 from ..history import History
 from ..plan.request import CreateDisk
@@ -69,9 +70,8 @@ def recorded_disk(
     name: str, history: History, choice: AlignedDisk, disk: Disk, layers: DiskLayers | None
 ) -> CheckpointDisk:
     """A disk as checkpoint `name` records it; its interval is unknown until its map is read."""
-    source = None if disk.empty else disk.top.source
     if choice.bitmap is None:
-        return CheckpointDisk(choice.target, size=disk.size, source=source, reason=choice.reason)
+        return untracked_disk(disk, choice.reason)
     since = _since(history, choice.target)
     node = layers.layers[0].node if layers is not None else disk.format_node
     return CheckpointDisk(
@@ -81,12 +81,32 @@ def recorded_disk(
         node=node,
         persistent=choice.persistent,
         size=disk.size,
-        source=source,
+        source=None if disk.empty else disk.top.source,
         state=State.RECORDING,
         interval=None
         if since is None
         else Interval(since, None, NOT_READ.format(since=since, name=name)),
     )
+
+
+def restored_disk(name: str, disk: Disk, interval: Interval | None = None) -> CheckpointDisk:
+    """A disk of a domain that is shut off, whose new image has checkpoint `name`'s bitmap in it."""
+    reason = untrackable(disk, EngineName.OFFLINE)
+    if reason is not None:
+        return untracked_disk(disk, reason)
+    return replace(
+        untracked_disk(disk, None),
+        bitmap=name,
+        granularity=default_granularity(disk),
+        state=State.RECORDING,
+        interval=interval,
+    )
+
+
+def untracked_disk(disk: Disk, reason: str | None) -> CheckpointDisk:
+    """A disk that is left out, and why."""
+    source = None if disk.empty else disk.top.source
+    return CheckpointDisk(disk.target, size=disk.size, source=source, reason=reason)
 
 
 def shown_disks(checkpoint: Checkpoint) -> list[tuple[str, str]]:

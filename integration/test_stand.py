@@ -157,7 +157,12 @@ def test_a_guest_that_hangs_at_its_start_is_looked_at_and_started_again(
     shell = guest.come_up(boot, vm.domain, again, name=vm.name)
     shell.write("vda", MIB, 4096, 0x5A)
     shell.close()
+    # one that runs already does not say that it is ready: it is asked
+    shell = guest.Shell(boot)
+    shell.write("vda", 2 * MIB, 4096, 0x5A)
+    shell.close()
     assert vm.holds("vda", MIB, 4096, 0x5A)
+    assert vm.holds("vda", 2 * MIB, 4096, 0x5A)
     first, second = starts.read(tmp_path / "starts")
     assert "VM status: paused" in first.hung
     assert first.hung.count("EIP=0000fff0") == 2

@@ -15,6 +15,7 @@ Run as a program, it fetches the kernel, so that tests need no network.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import lzma
 import os
@@ -277,7 +278,10 @@ class Shell:
             raise
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up; the port is free for another then."""
+        # the thread that listens has it as well: closing alone would leave it open
+        with contextlib.suppress(OSError):
+            self._port.shutdown(socket.SHUT_RDWR)
         self._port.close()
 
     def _wait_for_boot(self, seconds: float) -> None:

@@ -25,8 +25,9 @@ from ..views import CheckpointView
 from . import archive, projection
 from .listing import view
 from .pausing import while_standing
-from .session import Session, Workspace
+from .session import Session
 from .tracking import create_disk, recorded_disk, shown_disks
+from .workspace import Workspace
 
 log = logging.getLogger("ckptmgr")
 

@@ -16,8 +16,9 @@ from ..plan.request import ReadDisk, ReadRequest
 from ..plan.steps import Plan
 from ..views import DiffView, DiskDiff, DiskView
 from . import projection
-from .session import Session, Workspace
+from .session import Session
 from .sources import Source, closed, open_ended
+from .workspace import Workspace
 
 log = logging.getLogger("ckptmgr")
 

@@ -25,7 +25,8 @@ from ..marker import Marker
 from ..plan.libvirt import serves
 from ..store import INTENT, Damage, DomainStore, Intent, Loaded
 from . import adoption
-from .session import Session, Workspace
+from .session import Session
+from .workspace import Workspace
 
 Layers = Mapping[str, DiskLayers]
 

@@ -5,7 +5,7 @@
     one more thread   what has to be done in the order of the disk: writing
 
 libnbd 1.14 keeps a reference to each buffer for every request that used it, so the buffers are
-a fixed pool, used again and again by all connections of the process; that bounds the memory, too.
+few, and used again and again by all connections of the process; that bounds the memory, too.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ T = TypeVar("T")
 REQUEST = 16
 """Blocks of a request at most: 1 MiB, with which a connection is fastest."""
 
-BUFFERS = 24
-"""Requests that are on their way from the server to the disk at any time."""
+BUFFERS = 6
+"""Requests that are on their way from a server to the disk at any time: few, so that what was read
+is still in the processor's cache when its digests are made and when it is written."""
 
-UNDER_WAY = 8
+UNDER_WAY = 3
 """Requests of these that the server has."""
-
-WORKERS = 2
 
 _READS_ZERO = 2  # NBD_STATE_ZERO
 _STATUS_SPAN = 16384
@@ -67,26 +66,8 @@ class Buffer:
         return found
 
 
-_free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
-_made = 0
-_making = threading.Lock()
-
-
-def _another() -> Buffer | None:
-    """A new buffer, unless the process has all that it may have."""
-    global _made
-    with _making:
-        if _made >= BUFFERS:
-            return None
-        _made += 1
-    return Buffer()
-
-
-def free_buffer() -> Buffer | None:
-    """A buffer that nobody uses now; None: `Order.wait` until one is handed back."""
-    with suppress(queue.Empty):
-        return _free.get_nowait()
-    return _another()
+_spare: deque[Buffer] = deque()
+"""Buffers that nobody uses now."""
 
 
 @dataclass
@@ -142,23 +123,20 @@ class _Zero:
 
 
 _Flying = deque[_Request | _Zero]
-
-
-@contextmanager
-def _flying() -> Iterator[_Flying]:
-    """What is asked of the server, in order, with what lies between."""
-    global _made
-    flying: _Flying = deque()
-    try:
-        yield flying
-    finally:
-        # The server's answer may still come into these.
-        with _making:
-            _made -= sum(isinstance(each, _Request) for each in flying)
+"""What is asked of the server, in order, with what lies between."""
 
 
 class Reader(Protocol, Generic[T]):
     """What becomes of the blocks."""
+
+    @property
+    def workers(self) -> int:
+        """How many threads prepare.
+
+        One makes digests faster than a server sends; a second is in the way of it, unless there is
+        more to be done.
+        """
+        ...
 
     def prepare(self, chunk: Chunk) -> T:
         """What needs no order; called by several threads."""
@@ -204,6 +182,8 @@ class Source:
         with self._failing():
             context = nbd_client.ALLOCATION
             self._handle = nbd_client.connect(server, name, disk, context, check=check)
+            # What a request was not answered in full for is never looked at.
+            self._handle.set_pread_initialize(False)
             self._told = self._handle.can_meta_context(context)
             self.size: int = self._handle.get_size()
 
@@ -285,7 +265,9 @@ class Source:
 
         Raises OperationFailed for what the server does, and whatever `reader` raises.
         """
-        with self._failing(), _flying() as flying, Order(reader, progress, watch) as order:
+        # Where this fails, the server's answers may still come into the buffers of what is flying.
+        flying: _Flying = deque()
+        with self._failing(), Order(reader, progress, watch, buffers=BUFFERS) as order:
             for zero, first, count in self._pieces(runs):
                 if zero:
                     flying.append(_Zero(first, count, self.size))
@@ -320,7 +302,7 @@ class Source:
             self._land(flying, order)
 
     def _buffer(self, flying: _Flying, order: Order[T]) -> Buffer:
-        while (found := free_buffer()) is None:
+        while (found := order.buffer()) is None:
             if flying:
                 self._land(flying, order)
             else:
@@ -352,17 +334,27 @@ def _spans(runs: Runs) -> Iterator[list[tuple[int, int]]]:
 
 
 class Order(Generic[T]):
-    """Hands chunks to a reader: `prepare` side by side, the rest in the order they came in."""
+    """Hands chunks to a reader: `prepare` side by side, the rest in the order they came in.
+
+    buffers -- how many chunks there may be at any time, those that are only asked for included
+    """
 
     def __init__(
-        self, reader: Reader[T], progress: Callable[[int], None], watch: Callable[[], None]
+        self,
+        reader: Reader[T],
+        progress: Callable[[int], None],
+        watch: Callable[[], None],
+        *,
+        buffers: int,
     ) -> None:
+        self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
+        self._room = buffers
         self._reader = reader
         self._progress = progress
         self._watch = watch
         self._queue: queue.SimpleQueue[tuple[Chunk, Future[T]] | _Zero | None] = queue.SimpleQueue()
         self._failed: BaseException | None = None
-        self._workers = ThreadPoolExecutor(WORKERS, "ckptmgr-digest")
+        self._workers = ThreadPoolExecutor(reader.workers, "ckptmgr-digest")
         self._thread = threading.Thread(target=self._run, name="ckptmgr-write", daemon=True)
 
     def __enter__(self) -> Order[T]:
@@ -375,6 +367,8 @@ class Order(Generic[T]):
         self._queue.put(None)
         self._thread.join()
         self._workers.shutdown()
+        while not self._free.empty():
+            _spare.append(self._free.get_nowait())
         if kind is None and self._failed is not None:
             raise self._failed
 
@@ -391,10 +385,21 @@ class Order(Generic[T]):
             self.check()
             time.sleep(min(left, _POLL))
 
+    def buffer(self) -> Buffer | None:
+        """A buffer that nobody uses now; None: `wait` until one is handed back."""
+        with suppress(queue.Empty):
+            return self._free.get_nowait()
+        if not self._room:
+            return None
+        self._room -= 1
+        with suppress(IndexError):
+            return _spare.pop()
+        return Buffer()
+
     def wait(self) -> None:
         """Wait for a moment in which a buffer may be handed back; raises as `check`."""
         with suppress(queue.Empty):
-            _free.put(_free.get(timeout=_POLL))
+            self._free.put(self._free.get(timeout=_POLL))
         self.check()
 
     def put(self, found: Chunk | _Zero) -> None:
@@ -413,7 +418,7 @@ class Order(Generic[T]):
                     self._failed = error
             finally:
                 if not isinstance(item, _Zero):
-                    _free.put(item[0].buffer)
+                    self._free.put(item[0].buffer)
 
     def _take(self, item: tuple[Chunk, Future[T]] | _Zero) -> None:
         if isinstance(item, _Zero):
@@ -438,6 +443,7 @@ class _Consumer:
 
     consume: Callable[[int, memoryview, Sequence[bytes]], None]
     zeroes: Callable[[int, int], None]
+    workers = 1
 
     def prepare(self, chunk: Chunk) -> list[bytes]:
         return chunk.digests()

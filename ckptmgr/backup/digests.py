@@ -174,12 +174,15 @@ class Digests:
         Blocks asked for in ascending order are read ahead.  Raises RepositoryFailed.
         """
         if block in self.data:
-            return self._digest(self.data.rank(block) - 1)
+            return self._digests(self.data.rank(block) - 1, 1)
         return ZERO if block in self.zero else None
 
     def of(self, first: int, count: int) -> list[bytes | None]:
         """`find` for each of `count` blocks from `first`.  Raises RepositoryFailed."""
-        return [self.find(block) for block in range(first, first + count)]
+        if not self.data.contains_range(first, first + count):
+            return [self.find(block) for block in range(first, first + count)]
+        run = self._digests(self.data.rank(first) - 1, count)
+        return [run[at : at + DIGEST_LENGTH] for at in range(0, len(run), DIGEST_LENGTH)]
 
     def close(self) -> None:
         """Let go of the file."""
@@ -198,16 +201,17 @@ class Digests:
             with suppress(OSError):
                 self.close()
 
-    def _digest(self, index: int) -> bytes:
-        place = len(MAGIC) + index * DIGEST_LENGTH
+    def _digests(self, index: int, count: int) -> bytes:
+        """Those of `count` data blocks, from the one with that index on."""
+        place, length = len(MAGIC) + index * DIGEST_LENGTH, count * DIGEST_LENGTH
         offset = place - self._ahead_from
-        if not 0 <= offset <= len(self._ahead) - DIGEST_LENGTH:
+        if not 0 <= offset <= len(self._ahead) - length:
             with failing(self.path, "cannot be read"):
-                self._ahead = os.pread(self._descriptor, _AT_ONCE, place)
-                if len(self._ahead) < DIGEST_LENGTH:
+                self._ahead = os.pread(self._descriptor, max(length, _AT_ONCE), place)
+                if len(self._ahead) < length:
                     raise OSError(errno.EIO, "it has become shorter")
             self._ahead_from, offset = place, 0
-        return self._ahead[offset : offset + DIGEST_LENGTH]
+        return self._ahead[offset : offset + length]
 
     def _check(self) -> None:
         length = os.fstat(self._descriptor).st_size

@@ -33,10 +33,13 @@ from ..qcow2 import (
 )
 from ..store import files
 from .block import BLOCK
-from .copying import REQUEST, Chunk, Order, Rate, free_buffer
+from .copying import REQUEST, Chunk, Order, Rate
 from .digests import Digests, held, runs
 from .failure import failing
 from .qcow2 import CLUSTER_BITS, CSIZE_SHIFT, ENTRIES
+
+_BUFFERS = 24
+"""Of 1 MiB, between reading and writing."""
 
 _TABLES = 16
 """L2 tables that are kept, of 64 KiB each: one has 512 MiB of the disk."""
@@ -196,6 +199,8 @@ class _Filling:
     images: Sequence[ImageFile]
     consume: Consume
 
+    workers = 2
+
     def prepare(self, chunk: Chunk) -> list[bytes]:
         assert isinstance(chunk, LayerChunk)  # noqa: S101 -- read_images() puts no others
         self.images[chunk.layer].fill(chunk.first, chunk.data)
@@ -227,14 +232,15 @@ def read_images(
     layers = [
         [(first, count, each.index) for first, count in runs(each.data)] for each in held(digests)
     ]
-    with Order(_Filling(images, consume), progress, lambda: None) as order:
+    reader = _Filling(images, consume)
+    with Order(reader, progress, lambda: None, buffers=_BUFFERS) as order:
         for first, count, layer in merge(*layers):
             for begin in range(first, first + count, REQUEST):
                 blocks = min(REQUEST, first + count - begin)
                 length = min(blocks * BLOCK, size - begin * BLOCK)
                 if rate is not None:
                     order.pause(rate.wait(length))
-                while (buffer := free_buffer()) is None:
+                while (buffer := order.buffer()) is None:
                     order.wait()
                 chunk = LayerChunk.of(begin, length, buffer)
                 chunk.layer = layer

@@ -27,15 +27,18 @@ _DATA = "data"
 _FRAME = "frame"
 
 
-class Kept(NamedTuple):
-    """What becomes of one block.
+class Run(NamedTuple):
+    """What becomes of consecutive blocks.
 
     kind -- same (as below: nothing), zeroes, data, frame (compressed)
+    at -- where in its chunk the first is
+    frames -- compressed, one for each
     """
 
     kind: str
-    digest: bytes
-    frame: bytes = b""
+    at: int
+    digests: list[bytes]
+    frames: list[bytes]
 
 
 class Layer:
@@ -79,28 +82,41 @@ class Layer:
 
     # --- blocks ------------------------------------------------------------------------------
 
-    def prepare(self, chunk: Chunk) -> list[Kept]:
+    @property
+    def workers(self) -> int:
+        """Threads that prepare."""
+        return 2 if self._compress else 1
+
+    def prepare(self, chunk: Chunk) -> list[Run]:
         """See what differs, and compress it."""
         found = chunk.digests()
-        known = [ZERO] * len(found)
-        if self._lower:
-            with self._asking:
-                known = [effective(self._lower, chunk.first + index) for index in range(len(found))]
-        return [
-            self._kept(data, now, before)
-            for (_, data), now, before in zip(chunk.blocks(), found, known, strict=True)
-        ]
+        kinds = self._kinds(chunk.first, found)
+        frames: dict[int, bytes] = {}
+        if self._compress:
+            for index, kind in enumerate(kinds):
+                data = chunk.data[index * BLOCK : (index + 1) * BLOCK]
+                if kind == _DATA and len(data) == BLOCK:
+                    frame = self._compressor.compress(data)
+                    if len(frame) < BLOCK:
+                        kinds[index], frames[index] = _FRAME, frame
+        runs = []
+        past = 0
+        for kind, group in groupby(kinds):
+            at, past = past, past + len(list(group))
+            packed = [frames[each] for each in range(at, past)] if kind == _FRAME else []
+            runs.append(Run(kind, at, found[at:past], packed))
+        return runs
 
-    def _kept(self, data: memoryview, now: bytes, before: bytes) -> Kept:
-        if now == before:
-            return Kept(_SAME, now)
-        if now == ZERO:
-            return Kept(_ZEROES, now)
-        if self._compress and len(data) == BLOCK:
-            frame = self._compressor.compress(data)
-            if len(frame) < BLOCK:
-                return Kept(_FRAME, now, frame)
-        return Kept(_DATA, now)
+    def _kinds(self, first: int, found: list[bytes]) -> list[str]:
+        """What becomes of each block from `first` on, uncompressed."""
+        if not self._lower:
+            return [_SAME if now == ZERO else _DATA for now in found]
+        with self._asking:
+            known = [effective(self._lower, first + index) for index in range(len(found))]
+        return [
+            _SAME if now == before else _ZEROES if now == ZERO else _DATA
+            for now, before in zip(found, known, strict=True)
+        ]
 
     @property
     def _compressor(self) -> zstandard.ZstdCompressor:
@@ -109,23 +125,21 @@ class Layer:
             found = self._local.compressor = zstandard.ZstdCompressor(level=LEVEL)
         return found
 
-    def take(self, chunk: Chunk, prepared: list[Kept]) -> None:
+    def take(self, chunk: Chunk, prepared: list[Run]) -> None:
         """Write what differs."""
-        index = 0
         with failing(self._path, "cannot be written"):
-            for kind, group in groupby(prepared, key=lambda kept: kept.kind):
-                run = list(group)
-                first = chunk.first + index
+            for kind, at, digests, frames in prepared:
+                first = chunk.first + at
+                if kind == _SAME:
+                    continue
                 if kind == _ZEROES:
-                    self._image.zero(first, len(run))
+                    self._image.zero(first, len(digests))
                 elif kind == _FRAME:
-                    self._image.write_compressed(first, [kept.frame for kept in run])
-                elif kind == _DATA:
-                    data = chunk.data[index * BLOCK : (index + len(run)) * BLOCK]
+                    self._image.write_compressed(first, frames)
+                else:
+                    data = chunk.data[at * BLOCK : (at + len(digests)) * BLOCK]
                     self._image.write(first, data)
-                if kind != _SAME:
-                    self._digests.extend(first, [kept.digest for kept in run])
-                index += len(run)
+                self._digests.extend(first, digests)
 
     def zero(self, first: int, count: int) -> None:
         """Keep what is zero now and was not below."""

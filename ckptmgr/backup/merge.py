@@ -129,6 +129,11 @@ class _Taking:
         self._compress = compress
         self._local = threading.local()
 
+    @property
+    def workers(self) -> int:
+        """Threads that prepare."""
+        return 2 if self._compress else 1
+
     def prepare(self, chunk: Chunk) -> list[Block]:
         """The blocks of a chunk, with the digests of what was read; by several threads."""
         return [

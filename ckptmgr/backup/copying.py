@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import nbd
 
@@ -43,6 +43,9 @@ _READS_ZERO = 2  # NBD_STATE_ZERO
 _STATUS_SPAN = 16384
 """Blocks that the server is asked about at once, to know which are zero: 1 GiB."""
 
+_ITEMS = 64
+"""Chunks and runs of zeroes in a batch at most."""
+
 _POLL = 0.2
 """Seconds after which a waiting thread looks whether it is to go on, for ^C."""
 
@@ -51,18 +54,18 @@ Runs = Iterable[tuple[int, int]]
 
 
 class Buffer:
-    """Room for one request."""
+    """Room for one request, or for several small ones."""
 
     def __init__(self) -> None:
         self.room = bytearray(REQUEST * BLOCK)
-        self._sized: dict[int, nbd.Buffer] = {}
+        self._parts: dict[tuple[int, int], nbd.Buffer] = {}
 
-    def sized(self, length: int) -> nbd.Buffer:
-        """libnbd's object for the first `length` bytes, always the same one."""
-        found = self._sized.get(length)
+    def part(self, start: int, length: int) -> nbd.Buffer:
+        """libnbd's object for `length` bytes from `start` on, always the same one."""
+        found = self._parts.get((start, length))
         if found is None:
-            view = memoryview(self.room)[:length]
-            found = self._sized[length] = nbd.Buffer.from_buffer(view)
+            view = memoryview(self.room)[start : start + length]
+            found = self._parts[start, length] = nbd.Buffer.from_buffer(view)
         return found
 
 
@@ -76,17 +79,12 @@ class Chunk:
 
     first -- number of the first
     data -- their bytes; to be used before `take` returns
+    room -- libnbd's object for these
     """
 
     first: int
     data: memoryview
-    buffer: Buffer = field(repr=False)
-    sized: nbd.Buffer = field(repr=False)
-
-    @classmethod
-    def of(cls, first: int, length: int, buffer: Buffer) -> Self:
-        """Room for `length` bytes from block `first` on."""
-        return cls(first, memoryview(buffer.room)[:length], buffer, buffer.sized(length))
+    room: nbd.Buffer = field(repr=False)
 
     def blocks(self) -> Iterator[tuple[int, memoryview]]:
         """Each block's number and bytes."""
@@ -98,17 +96,11 @@ class Chunk:
         found = []
         for start in range(0, len(self.data), BLOCK):
             length = min(BLOCK, len(self.data) - start)
-            if self.sized.is_zero(start, length):
+            if self.room.is_zero(start, length):
                 found.append(ZERO)
             else:
                 found.append(digest(self.data[start : start + length]))
         return found
-
-
-@dataclass(frozen=True)
-class _Request:
-    cookie: int
-    chunk: Chunk
 
 
 @dataclass(frozen=True)
@@ -122,8 +114,33 @@ class _Zero:
         return min((self.first + self.count) * BLOCK, self.size) - self.first * BLOCK
 
 
-_Flying = deque[_Request | _Zero]
-"""What is asked of the server, in order, with what lies between."""
+class Batch:
+    """What goes from thread to thread at once: chunks in one buffer, and zeroes between them.
+
+    items -- in the order of the disk
+    cookies -- of the requests for the chunks
+    buffer -- None while there is no chunk
+    """
+
+    def __init__(self) -> None:
+        self.items: list[Chunk | _Zero] = []
+        self.cookies: list[int] = []
+        self.buffer: Buffer | None = None
+        self._used = 0
+
+    def fits(self, length: int) -> bool:
+        """Whether there is room for that many bytes more."""
+        return self._used + length <= REQUEST * BLOCK and len(self.items) < _ITEMS
+
+    def room(self, length: int) -> tuple[memoryview, nbd.Buffer]:
+        """Room for `length` bytes in the buffer, as a chunk has it."""
+        assert self.buffer is not None  # noqa: S101 -- whoever wants room in it has put one there
+        start, self._used = self._used, self._used + block_count(length) * BLOCK
+        return memoryview(self.buffer.room)[start : start + length], self.buffer.part(start, length)
+
+
+_Flying = deque[Batch]
+"""What is asked of the server, in order."""
 
 
 class Reader(Protocol, Generic[T]):
@@ -267,35 +284,45 @@ class Source:
         """
         # Where this fails, the server's answers may still come into the buffers of what is flying.
         flying: _Flying = deque()
+        batch = Batch()
         with self._failing(), Order(reader, progress, watch, buffers=BUFFERS) as order:
             for zero, first, count in self._pieces(runs):
-                if zero:
-                    flying.append(_Zero(first, count, self.size))
-                    continue
                 length = min(count * BLOCK, self.size - first * BLOCK)
-                if rate is not None:
-                    self._pause(rate.wait(length), flying, order)
-                chunk = Chunk.of(first, length, self._buffer(flying, order))
-                cookie = self._handle.aio_pread(chunk.sized, first * BLOCK)
-                flying.append(_Request(cookie, chunk))
-                while len(flying) >= UNDER_WAY:
-                    self._land(flying, order)
+                seconds = 0.0 if zero or rate is None else rate.wait(length)
+                if seconds > 0 or not batch.fits(0 if zero else length):
+                    self._send(batch, flying, order)
+                    batch = Batch()
+                if seconds > 0:
+                    self._land_all(flying, order)
+                    order.pause(seconds)
+                if zero:
+                    batch.items.append(_Zero(first, count, self.size))
+                    continue
+                if batch.buffer is None:
+                    batch.buffer = self._buffer(flying, order)
+                chunk = Chunk(first, *batch.room(length))
+                batch.cookies.append(self._handle.aio_pread(chunk.room, first * BLOCK))
+                batch.items.append(chunk)
+            self._send(batch, flying, order)
             self._land_all(flying, order)
 
+    def _send(self, batch: Batch, flying: _Flying, order: Order[T]) -> None:
+        """Nothing more is asked for with this one."""
+        flying.append(batch)
+        while len(flying) >= UNDER_WAY:
+            self._land(flying, order)
+
     def _land(self, flying: _Flying, order: Order[T]) -> None:
-        """Wait for the oldest request, and hand it on."""
-        oldest = flying[0]
-        if isinstance(oldest, _Zero):
-            flying.popleft()
-            order.put(oldest)
-            return
+        """Wait for the oldest batch, and hand it on."""
         order.check()
-        deadline = time.monotonic() + nbd_client.ANSWER_TIMEOUT
-        while not self._handle.aio_command_completed(oldest.cookie):
-            order.check()
-            nbd_client.poll(self._handle, deadline, self.disk)
+        oldest = flying[0]
+        for cookie in oldest.cookies:
+            deadline = time.monotonic() + nbd_client.ANSWER_TIMEOUT
+            while not self._handle.aio_command_completed(cookie):
+                order.check()
+                nbd_client.poll(self._handle, deadline, self.disk)
         flying.popleft()
-        order.put(oldest.chunk)
+        order.put(oldest)
 
     def _land_all(self, flying: _Flying, order: Order[T]) -> None:
         while flying:
@@ -308,11 +335,6 @@ class Source:
             else:
                 order.wait()
         return found
-
-    def _pause(self, seconds: float, flying: _Flying, order: Order[T]) -> None:
-        if seconds > 0:
-            self._land_all(flying, order)
-            order.pause(seconds)
 
 
 def _spans(runs: Runs) -> Iterator[list[tuple[int, int]]]:
@@ -334,9 +356,9 @@ def _spans(runs: Runs) -> Iterator[list[tuple[int, int]]]:
 
 
 class Order(Generic[T]):
-    """Hands chunks to a reader: `prepare` side by side, the rest in the order they came in.
+    """Hands batches to a reader: `prepare` side by side, the rest in the order they came in.
 
-    buffers -- how many chunks there may be at any time, those that are only asked for included
+    buffers -- how many there may be at any time, those that are only asked for included
     """
 
     def __init__(
@@ -352,7 +374,7 @@ class Order(Generic[T]):
         self._reader = reader
         self._progress = progress
         self._watch = watch
-        self._queue: queue.SimpleQueue[tuple[Chunk, Future[T]] | _Zero | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Batch, Future[list[T]]] | None] = queue.SimpleQueue()
         self._failed: BaseException | None = None
         self._workers = ThreadPoolExecutor(reader.workers, "ckptmgr-digest")
         self._thread = threading.Thread(target=self._run, name="ckptmgr-write", daemon=True)
@@ -402,35 +424,36 @@ class Order(Generic[T]):
             self._free.put(self._free.get(timeout=_POLL))
         self.check()
 
-    def put(self, found: Chunk | _Zero) -> None:
+    def put(self, batch: Batch) -> None:
         """Hand on what was read."""
-        if isinstance(found, _Zero):
-            self._queue.put(found)
-        else:
-            self._queue.put((found, self._workers.submit(self._reader.prepare, found)))
+        self._queue.put((batch, self._workers.submit(self._prepare, batch)))
+
+    def _prepare(self, batch: Batch) -> list[T]:
+        return [self._reader.prepare(item) for item in batch.items if isinstance(item, Chunk)]
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
+            batch, prepared = item
             try:
-                self._take(item)
+                self._take(batch, prepared)
             except BaseException as error:  # noqa: BLE001 -- raised by the other thread's check()
                 if self._failed is None:
                     self._failed = error
             finally:
-                if not isinstance(item, _Zero):
-                    self._free.put(item[0].buffer)
+                if batch.buffer is not None:
+                    self._free.put(batch.buffer)
 
-    def _take(self, item: tuple[Chunk, Future[T]] | _Zero) -> None:
-        if isinstance(item, _Zero):
-            if self._failed is None:
+    def _take(self, batch: Batch, prepared: Future[list[T]]) -> None:
+        done = iter(prepared.result())  # also after a failure: nothing may use the buffer then
+        if self._failed is not None:
+            return
+        for item in batch.items:
+            if isinstance(item, _Zero):
                 self._reader.zero(item.first, item.count)
                 self._progress(item.length)
-            return
-        chunk, prepared = item
-        done = prepared.result()  # also after a failure: nothing may use the buffer then
-        if self._failed is None:
-            self._reader.take(chunk, done)
-            self._progress(len(chunk.data))
+            else:
+                self._reader.take(item, next(done))
+                self._progress(len(item.data))
 
 
 class _Stopped(Exception):

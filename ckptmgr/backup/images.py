@@ -33,7 +33,7 @@ from ..qcow2 import (
 )
 from ..store import files
 from .block import BLOCK
-from .copying import REQUEST, Chunk, Order, Rate
+from .copying import REQUEST, Batch, Chunk, Order, Rate
 from .digests import Digests, held, runs
 from .failure import failing
 from .qcow2 import CLUSTER_BITS, CSIZE_SHIFT, ENTRIES
@@ -234,14 +234,20 @@ def read_images(
     ]
     reader = _Filling(images, consume)
     with Order(reader, progress, lambda: None, buffers=_BUFFERS) as order:
+        batch = Batch()
         for first, count, layer in merge(*layers):
             for begin in range(first, first + count, REQUEST):
                 blocks = min(REQUEST, first + count - begin)
                 length = min(blocks * BLOCK, size - begin * BLOCK)
+                if not batch.fits(length):
+                    order.put(batch)
+                    order.check()
+                    batch = Batch()
                 if rate is not None:
                     order.pause(rate.wait(length))
-                while (buffer := order.buffer()) is None:
-                    order.wait()
-                chunk = LayerChunk.of(begin, length, buffer)
-                chunk.layer = layer
-                order.put(chunk)
+                while batch.buffer is None:
+                    batch.buffer = order.buffer()
+                    if batch.buffer is None:
+                        order.wait()
+                batch.items.append(LayerChunk(begin, *batch.room(length), layer))
+        order.put(batch)

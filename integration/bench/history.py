@@ -237,10 +237,10 @@ def beside(image: Path, bitmap: str) -> dict[str, Cost]:
         }
 
 
-def scatter(image: Path, extents: int) -> None:
-    """Write so many extents, every other granule of 4 KiB from the beginning."""
+def scatter(image: Path, extents: int, how: str = "-z") -> None:
+    """Write so many extents, every other granule of 4 KiB from the beginning; as zeroes."""
     with tempfile.TemporaryFile("w+") as commands:
-        commands.writelines(f"write -z {number * 8192} 4096\n" for number in range(extents))
+        commands.writelines(f"write {how} {number * 8192} 4096\n" for number in range(extents))
         commands.seek(0)
         subprocess.run(
             ["qemu-io", "-t", "unsafe", "-f", "qcow2", image],

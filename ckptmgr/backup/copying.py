@@ -33,8 +33,8 @@ REQUEST = 16
 """Blocks of a request at most: 1 MiB, with which a connection is fastest."""
 
 BUFFERS = 6
-"""Requests that are on their way from a server to the disk at any time: few, so that what was read
-is still in the processor's cache when its digests are made and when it is written."""
+"""Requests that are on their way from a server to the disk at any time, for each thread that
+prepares: few, so that what was read is still in the processor's cache when it is written."""
 
 UNDER_WAY = 3
 """Requests of these that the server has."""
@@ -285,7 +285,8 @@ class Source:
         # Where this fails, the server's answers may still come into the buffers of what is flying.
         flying: _Flying = deque()
         batch = Batch()
-        with self._failing(), Order(reader, progress, watch, buffers=BUFFERS) as order:
+        room = BUFFERS * reader.workers
+        with self._failing(), Order(reader, progress, watch, buffers=room) as order:
             for zero, first, count in self._pieces(runs):
                 length = min(count * BLOCK, self.size - first * BLOCK)
                 seconds = 0.0 if zero or rate is None else rate.wait(length)

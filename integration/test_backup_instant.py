@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,6 +185,59 @@ def test_thawed_when_what_comes_after_fails(frozen: Callable[[str], Frozen]) -> 
         vm.take("p1", progress=fail, quiesce=True)
     assert not vm.agent.frozen
     assert vm.machine.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE
+
+
+FROZEN = """
+import contextlib, os, signal, sys
+import ckptmgr
+from ckptmgr.domain import thawing
+from ckptmgr.engine.libvirt import LibvirtEngine
+
+uri, store, domain, repository, guarded = sys.argv[1:]
+if guarded == "no":
+    thawing.guarded = lambda *_: contextlib.nullcontext()
+perform = LibvirtEngine.perform
+
+
+def killed(self, step, outcome):
+    if type(step).__name__ == "BackupBegin":
+        os.kill(os.getpid(), signal.SIGKILL)
+    perform(self, step, outcome)
+
+
+LibvirtEngine.perform = killed
+with ckptmgr.connect(uri, store=store, engine="libvirt") as host:
+    host.domain(domain).backup(repository, "killed", quiesce=True)
+"""
+
+
+@pytest.mark.parametrize("form", ["qcow2", "raw"])
+@pytest.mark.parametrize("guarded", [True, False], ids=["at once", "by the next command"])
+def test_a_guest_that_is_frozen_because_of_us_is_thawed_after_a_kill(
+    form: str, guarded: bool, frozen: Callable[..., Frozen]
+) -> None:
+    vm = frozen("libvirt", form)
+    first = vm.take("first", quiesce=False)
+    where = [vm.machine.uri, str(vm.store), vm.machine.name, str(vm.repository)]
+    done = subprocess.run(
+        [sys.executable, "-c", FROZEN, *where, "yes" if guarded else "no"],
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert vm.agent.commands[0] == "freeze"
+    if guarded:
+        deadline = time.monotonic() + 60
+        while vm.agent.frozen:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    else:
+        assert vm.agent.frozen
+    vm.scatter(1)
+    second = vm.take("second", quiesce=False)
+    assert not vm.agent.frozen
+    assert vm.agent.commands == ["freeze", *(["thaw"] * (2 if guarded else 1))]
+    vm.check(first, second)
 
 
 # --- standing still -----------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import pytest
 
 import ckptmgr
 from ckptmgr.backup.volume import MARK
-from ckptmgr.engine.qemu_img import check_free
 from ckptmgr.store import Store
 from integration.conftest import MakeMachine
 from integration.kill.boundaries import END, Boundaries, Victim
+from integration.kill.scene import orphans, runs, wait_until
 from integration.stand import Daemon, DiskSpec, Machine
 from integration.test_backup import Backups, disk_in
 from tests.restorable import content, restorable
@@ -60,6 +59,7 @@ def victim(how: str, number: str, repository: str, point: str, *rest: str) -> No
 
 def killed(*arguments: object) -> str:
     """Restore and be killed, see `victim`; returns where that was."""
+    before = set(orphans())
     done = subprocess.run(
         [sys.executable, "-m", __name__, *map(str, arguments)],
         capture_output=True,
@@ -69,6 +69,9 @@ def killed(*arguments: object) -> str:
         timeout=300,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
+    # A qemu-img that was begun goes on to its end, and may not have begun with the image yet.
+    left = set(orphans()) - before
+    wait_until(lambda: not any(map(runs, left)), "a killed process left others running")
     return done.stdout.strip()
 
 
@@ -77,19 +80,6 @@ def strike(backups: Backups, point: str, number: int, disks: tuple[str, ...]) ->
     machine = backups.machine
     where = (backups.repository, point, machine.uri, backups.store, machine.name)
     return killed("in place", number, *where, *disks)
-
-
-def let_go(machine: Machine) -> None:
-    """Wait until a qemu-img that was under way has ended: it is never ended half way."""
-    deadline = time.monotonic() + 60
-    for target, path in machine.images.items():
-        while True:
-            try:
-                check_free(target, str(path))
-                break
-            except ckptmgr.Busy:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
 
 
 def contents(machine: Machine) -> dict[str, bytes]:
@@ -144,7 +134,6 @@ def test_killed_at_any_step_it_is_settled_by_what_is_there(
         where = strike(backups, point, number, disks)
         seen.append(where)
         done = where == END
-        let_go(machine)
         with backups.domain() as domain:
             domain.diff("monday")  # whatever takes the lock settles it
             found = domain.current()

@@ -6,14 +6,15 @@ import logging
 import math
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from ..config import Driver
 from ..errors import CkptmgrError, GuestAgentFailed, NodeUnknown, OperationFailed, Unsupported
 from ..xml import parse
-from . import agent, folders, images, nodes, support
+from . import agent, folders, images, nodes, support, thawing
 from .binding import libvirt
 from .bitmaps import parse_layers
 from .chain import read_chain
@@ -344,6 +345,8 @@ class DomainAdapter:
         timeout -- seconds that freezing may take, and that the file systems may stay frozen
 
         Raises GuestAgentFailed.  It sets the domain's agent timeout, and then libvirt's default.
+        If this process is killed meanwhile, another one thaws them, but for the embedded driver,
+        which no other process can use.
         """
         self._require_agent()
         seconds = max(1, math.ceil(timeout))
@@ -359,10 +362,34 @@ class DomainAdapter:
         with translate("setting the agent's timeout", self.name):
             self.handle.agentSetResponseTimeout(seconds)
         try:
-            with agent.frozen(freeze, thaw, domain=self.name, timeout=timeout):
+            with (
+                self._guarded(timeout),
+                agent.frozen(freeze, thaw, domain=self.name, timeout=timeout),
+            ):
                 yield
         finally:
             self._agent_waits_again()
+
+    def _guarded(self, timeout: float) -> AbstractContextManager[None]:
+        if self.connection.driver is Driver.EMBEDDED:
+            return nullcontext()
+        return thawing.guarded(self.connection.uri, self.uuid, timeout)
+
+    def thaw(self, timeout: float) -> None:
+        """Thaw the guest's file systems, frozen or not, if its agent is there.
+
+        timeout -- seconds that the agent may take
+
+        Raises OperationFailed.
+        """
+        if not self.active() or not self.has_agent():
+            return
+        with translate("thawing the file systems", self.name):
+            self.handle.agentSetResponseTimeout(max(1, math.ceil(timeout)))
+            try:
+                self.handle.fsThaw()
+            finally:
+                self._agent_waits_again()
 
     def _agent_waits_again(self) -> None:
         """Best effort, and nothing is lost without it: must not hide what went before."""

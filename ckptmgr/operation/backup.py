@@ -41,7 +41,7 @@ from ..history import History
 from ..plan import planner
 from ..plan.request import CreateRequest
 from ..plan.steps import Direct, Plan
-from ..store import Loaded
+from ..store import Intent, Loaded
 from . import creation, repositories
 from .creation import Served
 from .pausing import while_standing
@@ -214,11 +214,15 @@ def _without_checkpoint(
     with session.workspace():
         plan = _serving(session, point.targets, quiesce=quiesce)
         engine = session.engine(plan.engine)
+        if quiesce:
+            session.store.write_intent(Intent("freeze", (), plan.engine.value))
         try:
             if point.pause:
                 outcome = while_standing(session, loaded, partial(engine.run, plan.steps))[0]
             else:
                 outcome = engine.run(plan.steps)
+            if quiesce:
+                session.clear_intent()
             point.copy(session.history(), None, outcome.served)
             engine.run(plan.finish)
             point.commit()
@@ -226,6 +230,8 @@ def _without_checkpoint(
             point.withdraw()
             try:
                 engine.run(plan.undo)
+                if quiesce:
+                    session.clear_intent()
             except CkptmgrError as failure:
                 log.warning("what served the disks could not be ended: %s", failure)
             raise

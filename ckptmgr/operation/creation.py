@@ -19,7 +19,7 @@ from ..history import History
 from ..plan import planner
 from ..plan.libvirt import DISCARD
 from ..plan.request import CreateDisk, CreateRequest, ServeDisk, UndoRequest
-from ..plan.steps import ImagesCheck, Plan, Server
+from ..plan.steps import ImagesCheck, Plan, Quiesced, Server
 from ..store import Intent, Loaded
 from ..views import CheckpointView
 from . import archive, projection
@@ -348,7 +348,10 @@ def intent(session: Session, creation: Creation) -> Intent:
         "create",
         (checkpoint.name,),
         plan.engine.value,
-        {"redefinition": format_libvirt(replace(checkpoint, parent=None, domain_xml=None))},
+        {
+            "redefinition": format_libvirt(replace(checkpoint, parent=None, domain_xml=None)),
+            "freezes": any(isinstance(step, Quiesced) for step in plan.steps),
+        },
     )
 
 

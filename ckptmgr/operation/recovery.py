@@ -62,6 +62,9 @@ def settle(session: Session) -> None:
 
         log.warning("completing the interrupted restore of point %s", names)
         defining.settle(session, intent)
+    elif intent.operation == "freeze":
+        thaw(session)
+        session.store.clear_intent()
     elif intent.operation == "adopt":
         # Each document stands for itself; the next adopt takes the rest.
         session.store.clear_intent()
@@ -81,8 +84,24 @@ def _settle_create(session: Session, intent: Intent, loaded: Loaded) -> None:
             session.commit_current(replace(loaded.history, current=name), loaded.record)
     else:
         log.warning("taking back the interrupted creation of checkpoint %s", name)
+        if intent.data.get("freezes"):
+            thaw(session)
         creation.take_back(session, intent, name)
     session.store.clear_intent()
+
+
+def thaw(session: Session) -> None:
+    """Thaw a guest that an operation may have left frozen."""
+    try:
+        session.adapter.thaw(session.settings.freeze_timeout)
+    except CkptmgrError as error:
+        name = session.adapter.name
+        log.error(  # noqa: TRY400 -- for people: no traceback
+            "the file systems of domain %s may still be frozen: %s; thaw them: virsh domfsthaw %s",
+            name,
+            error,
+            name,
+        )
 
 
 def _settle_redefine(session: Session, intent: Intent, loaded: Loaded) -> None:

@@ -230,15 +230,15 @@ class Scene:
         if victim is Victim.LIBVIRTD:
             pids["libvirtd"] = self.daemon.pid
         parts = {**vars(task), "victim": victim.value, "point": point}
-        before = set(_orphans())
+        before = set(orphans())
         outcome = self.warm.run(Task(**{**parts, "pids": pids, "steps_only": steps_only}))
         # QEMU lets go of its images at its very end, after its monitor; a qemu-img that was begun
         # goes on to its end, whoever is killed.
-        _await(lambda: not any(map(_runs, pids.values())), "who was killed has not ended")
+        wait_until(lambda: not any(map(runs, pids.values())), "who was killed has not ended")
         if self.shape.engine is EngineName.OFFLINE:
             # Now, for the other lane begins programs as well.
-            left = set(_orphans()) - before
-            _await(lambda: not any(map(_runs, left)), "a killed process left others running")
+            left = set(orphans()) - before
+            wait_until(lambda: not any(map(runs, left)), "a killed process left others running")
         return outcome
 
     def restart(self, victim: Victim) -> None:
@@ -341,15 +341,17 @@ class Scene:
         return {node["node-name"] for node in named}
 
 
-def _await(done: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + 10
+def wait_until(done: Callable[[], bool], otherwise: str) -> None:
+    """Wait for what comes soon.  Raises TimeoutError."""
+    deadline = time.monotonic() + 60
     while not done():
         if time.monotonic() > deadline:
             raise TimeoutError(otherwise)
         time.sleep(0.002)
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
+    """Whether the process is there and has not ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -357,7 +359,7 @@ def _runs(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
-def _orphans() -> list[int]:
+def orphans() -> list[int]:
     """Our children that run QEMU's tools, or are about to."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):

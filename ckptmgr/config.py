@@ -37,7 +37,8 @@ class Settings:
     nbd_scratch -- a folder of that machine where libvirt may make files for as long
     nbd_certificates -- our folder with ca-cert.pem, client-cert.pem and client-key.pem; by default
         where libnbd looks
-    lock_timeout -- seconds to wait for another process that works on the same domain
+    lock_timeout -- seconds to wait for another process that works on the same domain, or on its
+        points in a repository
     freeze_timeout -- seconds that file systems may take to freeze and may stay frozen
     keep_bitmaps -- how many bitmaps each disk keeps when a checkpoint is made; the older ones
         are archived.  0: all

@@ -14,6 +14,7 @@ from ckptmgr.backup.repository import Lineage, Repository
 from ckptmgr.cli import main
 from ckptmgr.cli.points import point_list, point_tree
 from ckptmgr.cli.terminal import PLAIN, Terminal
+from ckptmgr.store import lock
 
 from .cli_host import Host, host_fixture
 from .repositories import NOON, OTHER_UUID, UUID, commit, filled, manifest, point_disk
@@ -42,6 +43,31 @@ def test_points_ask_no_hypervisor(host: Host, repo: str, capsys: Output) -> None
     assert main(["points", repo]) == 0
     assert host.sessions == []
     assert capsys.readouterr().out.splitlines()[2].split()[:2] == ["web", "monday"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("prune", "--keep-last=1"), ("restore", "web", "friday", "to")],
+    ids=["prune", "restore"],
+)
+def test_others_are_waited_for_as_long_as_the_settings_say(
+    words: tuple[str, ...],
+    repo: str,
+    lineage: Lineage,
+    tmp_path: Path,
+    capsys: Output,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = tmp_path / "ckptmgr.toml"
+    settings.write_text("lock_timeout = 0\n")
+    monkeypatch.setenv("CKPTMGR_CONFIG", str(settings))
+    monkeypatch.chdir(tmp_path)
+    waited: list[float] = []
+    monkeypatch.setattr(lock.time, "sleep", waited.append)
+    with lineage.lock(0):
+        found = document(capsys, words[0], repo, *words[1:], status=5)
+    assert found["error"]["code"] == "busy"
+    assert waited == []
 
 
 def test_points_as_json(repo: str, capsys: Output, lineage: Lineage) -> None:

@@ -141,6 +141,7 @@ class Host:
             request,
             name,
             progress or (lambda disk, done, total: None),
+            _settled,
         )
 
     def plan_restore(

@@ -23,7 +23,7 @@ import secrets
 import tarfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,7 +58,7 @@ from ..errors import (
 from ..plan.steps import CheckpointRedefine, Direct, ImageBitmap, Plan
 from ..store import DomainStore, Intent, Loaded, Store, files
 from ..views import DomainView
-from . import projection, recovery
+from . import projection
 from .session import Session
 from .tracking import restored_disk, untracked_disk
 
@@ -111,8 +111,12 @@ def define(
     request: Request,
     name: str,
     progress: Progress,
+    recover: Callable[[Session], Loaded],
 ) -> RestoreView:
-    """Define a domain from a point.  See Host.restore."""
+    """Define a domain from a point.  See Host.restore.
+
+    recover -- as `Session` takes it
+    """
     request = settled(request)
     take_back_interrupted(connection, store)
     prepared = _prepared(connection, kept, request, name)
@@ -140,7 +144,7 @@ def define(
             part.write_intent(intent)
             adapter = _define(making, work.disks, copies)
             done = view(kept.manifest, work.disks, DomainView(adapter.name, adapter.uuid))
-        session = Session(adapter, part, settings, _OFFLINE, recovery.settled)
+        session = Session(adapter, part, settings, _OFFLINE, recover)
         try:
             settle(session, intent)
         except CkptmgrError as error:

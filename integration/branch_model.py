@@ -282,13 +282,21 @@ class Branches:
     def others_reverted(self) -> None:
         """Somebody reverted behind ckptmgr's back, or tried to.
 
-        The disks stayed where they were if the current bitmaps record as before: on 7.0 and 11.3
-        QEMU refuses such a revert in time (on 9.0, it dies of that).
+        The disks stayed where they were if the current bitmaps record as before: on 7.0 and
+        11.3 QEMU refuses such a revert in time (on 9.0, it dies of that).  But 11.3 has put the
+        definition back before, which may have an image of then: one that was left on this line.
         """
-        if self.recorded():
+        images = dict(self.machine.images)
+        self.find()
+        if not self.recorded():
+            self.moved()
+        elif images == self.machine.images:
             self.require_bytes()
         else:
-            self.moved()
+            self.lose()
+            self.points[str(self.at)].during_lost = True
+            self.look()
+            self._are_disks_again()
 
     def moved(self) -> None:
         """The disks went to another state behind ckptmgr's back; the marker says which."""

@@ -603,6 +603,19 @@ def test_a_revert_behind_our_back(
     sound(scene)
 
 
+@pytest.mark.releases(("debian13", "libvirt"))
+def test_a_revert_behind_our_back_from_an_overlay(scene: Branches) -> None:
+    """Also where it is refused, and leaves the domain with the images below the overlays."""
+    block_jobs.overlay(scene.machine)
+    scene.find()
+    scene.scatter(6)
+    libvirts_own(scene, "s1")
+    scene.scatter(7)
+    scene.check_all()
+    repaired(scene)
+    goes_on(scene, "later", 8)
+
+
 @own
 def test_reverts_behind_our_back_one_after_the_other(scene: Branches) -> None:
     libvirts_own(scene, "s1")

@@ -392,9 +392,16 @@ def _intent(
             ],
             "volumes": [str(each.path) for each in prepared.places if each.kind is Kind.VOLUME],
             "folders": [str(folder) for folder in making.missing],
-            "tpm": None if state is None or state.name != making.part.uuid else str(state),
+            "tpm": str(state) if _is_new(making, state) else None,
         },
     )
+
+
+def _is_new(making: _Making, state: Path | None) -> bool:
+    """Whether the folder of the TPM's state is there for this domain alone."""
+    if state is None:
+        return False
+    return state.name == making.part.uuid or state == making.prepared.files.get("tpm")
 
 
 def _identity(path: Path) -> list[int]:

@@ -17,6 +17,7 @@ from ckptmgr.plan.request import ReadDisk, ReadRequest
 from ckptmgr.plan.steps import TcpServer
 from integration.command import CommandLine
 from integration.conftest import MakeMachine
+from integration.ports import listening, watched
 from integration.stacks import RELEASES
 from integration.stacks.fixtures import Stacks
 from integration.stacks.remote import TRANSPORTS, Remote, free_port, listens, remote
@@ -147,6 +148,49 @@ def test_dirty_maps_are_read_over_the_network_where_the_settings_allow_it(
     # the hypervisor's own ckptmgr says the same
     assert tracked.shown("c0") == tracked.written("c0")
     assert not list(machine.folder.glob("*.scratch"))
+
+
+@pytest.mark.scenario("from elsewhere: no open port that was not asked for")
+def test_no_port_is_opened_where_the_network_was_not_asked_for(
+    elsewhere: Remote, tracked: Tracked
+) -> None:
+    """Neither by a read from elsewhere nor by the hypervisor's own."""
+    machine = tracked.machine
+    far = command(elsewhere, "tls")
+    far.ok("create", machine.name, "c0")
+    tracked.noted("c0")
+    tracked.write(1)
+    with watched(machine.pid) as seen:
+        for arguments in (("diff", machine.name, "c0"), ("create", machine.name, "c1")):
+            assert far(*arguments).status == 6
+        assert tracked.shown("c0") == tracked.written("c0")
+        tracked.create("c1")
+    assert seen == set()
+
+
+@pytest.mark.scenario("from elsewhere: the port for TLS is closed again")
+def test_the_port_that_was_asked_for_is_the_only_one_and_is_closed_again(
+    elsewhere: Remote, tracked: Tracked, cell: Cell, tmp_path: Path
+) -> None:
+    machine, port = tracked.machine, free_port()
+    far = command(elsewhere, "tls", reading(tmp_path, elsewhere, nbd_port=port))
+    far.ok("create", machine.name, "c0")
+    tracked.noted("c0")
+    tracked.write(1)
+    if not on_debian11(elsewhere):
+        # a read that was killed: so the port is seen while it is open
+        begun(machine, elsewhere.uris["tls"], TcpServer("127.0.0.1", port, tls=True))
+        assert listening(machine.pid) == {port}
+    with watched(machine.pid) as seen:
+        if on_debian11(elsewhere):
+            ran = far("diff", machine.name, "c0")
+            assert ran.status == 6
+            cell.refused(ran.error)
+        else:
+            diff = far.json("diff", machine.name, "c0", "--extents")
+            assert extents(diff) == tracked.written("c0")
+    assert listening(machine.pid) == set()
+    assert seen <= (set() if on_debian11(elsewhere) else {port})
 
 
 @pytest.mark.scenario("from elsewhere: TLS without the right certificate")

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -43,6 +45,7 @@ from integration.stand import (
     adopt,
     private_mounts,
     reap,
+    scratch,
 )
 
 __all__ = ["cell", "stack", "stacks"]
@@ -56,6 +59,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["embedded", "daemon", "stacks", *RELEASES],
         default="embedded",
         help="which private libvirt the integration tests run on",
+    )
+    parser.addoption(
+        "--quick", action="store_true", help="without the tests that are marked thorough"
     )
     parser.addoption(
         "--long",
@@ -72,6 +78,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "once: not on the daemon, where it would run embedded as well"
     )
     config.addinivalue_line("markers", "scenario(name): the test's row in the table of the stacks")
+    config.addinivalue_line(
+        "markers", "together: one of several processes runs all of a module's tests on a stack"
+    )
+    config.addinivalue_line("markers", "thorough: takes long; not with --quick")
     config.addinivalue_line("markers", "nested: also run in a host with nested KVM, on KVM")
     config.addinivalue_line(
         "markers",
@@ -90,13 +100,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of this run's stand; see the module's docstring."""
     stand = config.getoption("--stand")
-    long = config.getoption("--long")
+    long, quick = config.getoption("--long"), config.getoption("--quick")
     kept: list[pytest.Item] = []
     dropped: list[pytest.Item] = []
     for item in items:
         belongs = _belongs(item, stand) and (long or not _only_long(item, stand))
-        (kept if belongs else dropped).append(item)
+        too_long = quick and item.get_closest_marker("thorough") is not None
+        (kept if belongs and not too_long else dropped).append(item)
         table.mark(item, stand)
+        if item.get_closest_marker("together") and config.getoption("dist", "no") != "no":
+            stack = dict(item.user_properties)["stack"]
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {stack}"))
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
 
@@ -113,7 +127,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             return
         metafunc.parametrize("engine", ["libvirt", "monitor"], indirect=True)
     if names[0] in RELEASES:
-        for fixture in {"stand", "local"} & set(metafunc.fixturenames):
+        for fixture in sorted({"stand", "local"} & set(metafunc.fixturenames)):
             metafunc.parametrize(fixture, names, indirect=True)
 
 
@@ -168,17 +182,21 @@ def pytest_runtest_makereport(
 @pytest.fixture(scope="session")
 def workspace() -> Iterator[Workspace]:
     """The folder of this run.  Fails at the end if a process of ours is left."""
-    reap()
-    with Workspace() as workspace:
+    place = scratch()
+    for each in {place, Path(tempfile.gettempdir())}:
+        reap(each)
+    with Workspace(place) as workspace:
         yield workspace
         left = workspace.running()
     assert not left, f"processes that the tests left behind (ended now): {left}"
 
 
 @pytest.fixture
-def tmp_path(workspace: Workspace) -> Path:
+def tmp_path(workspace: Workspace) -> Iterator[Path]:
     """pytest's, but in the workspace: the stacks have it as well, at the same path."""
-    return workspace.folder("t")
+    path = workspace.folder("t")
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -251,6 +269,7 @@ def make_vm_on() -> Iterator[MakeMachine]:
 
         def make(stand: Stand, *arguments: object, **options: object) -> Machine:
             machine = Machine(stand, *arguments, **options)  # type: ignore[arg-type]
+            machines.callback(shutil.rmtree, machine.folder, ignore_errors=True)
             machines.callback(machine.destroy)
             return machine
 

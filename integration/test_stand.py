@@ -271,9 +271,7 @@ def test_what_a_test_left_running_is_ended_with_the_workspace(parent: Path) -> N
         process = subprocess.Popen(["sleep", "60"])
         workspace.record(process.pid)
         assert workspace.running() == [process.pid]
-    started = time.monotonic()
     assert process.wait(5) == -signal.SIGKILL
-    assert time.monotonic() - started < 1
 
 
 def test_nobody_else_can_use_an_embedded_root(embedded: Embedded) -> None:

@@ -221,16 +221,16 @@ def test_extents_cost_by_the_run_not_by_the_granule() -> None:
     dirty = DirtyMap.from_extents(
         512, size, [(0, size // 2), (size // 2 + 512, 512), (size - 512, 512)]
     )
-    started = time.perf_counter()
+    started = time.process_time()
     assert [length for _, length in dirty.extents()] == [size // 2, 512, 512]
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_million_extents_take_seconds_not_minutes() -> None:
     dirty = DirtyMap(512, 1 << 40, BitMap64(range(0, 3_000_000, 3)))
-    started = time.perf_counter()
+    started = time.process_time()
     assert sum(1 for _ in dirty.extents()) == 1_000_000
-    assert time.perf_counter() - started < 4
+    assert time.process_time() - started < 4
 
 
 def test_a_map_of_a_terabyte_that_was_all_written_is_a_small_file() -> None:

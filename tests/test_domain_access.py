@@ -269,7 +269,7 @@ def test_a_guest_is_thawed_at_the_deadline_and_the_result_disowned() -> None:
         pytest.raises(GuestAgentFailed, match="thawed after"),
         frozen(guest.freeze, guest.thaw, domain="vm", timeout=0.05),
     ):
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while guest.frozen and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not guest.frozen
@@ -281,7 +281,7 @@ def test_no_timer_is_left_behind() -> None:
     guest = Guest()
     with frozen(guest.freeze, guest.thaw, domain="vm", timeout=60):
         pass
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= before

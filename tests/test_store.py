@@ -585,7 +585,7 @@ def test_a_held_lock_names_its_holder_and_falls_with_it(tmp_path: Path) -> None:
             Store(tmp_path).domain(UUID).lock(0),
         ):
             pass
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 30  # it would have waited for 60
         assert holder.pid is not None
         os.kill(holder.pid, signal.SIGKILL)
         with Store(tmp_path).domain(UUID).lock(10):

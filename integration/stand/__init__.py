@@ -10,6 +10,7 @@ from .images import MIB, DiskSpec, await_greeting, rounded
 from .libvirts import Daemon, Embedded, Stand, StandError, System, private_mounts
 from .machine import Machine
 from .orphans import adopt
+from .scratch import scratch
 from .workspace import Workspace, reap
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "private_mounts",
     "reap",
     "rounded",
+    "scratch",
     "starts",
 ]

@@ -268,9 +268,10 @@ class Machine:
         if self.active:
             self.hmp(f'qemu-io -d {self.device(target)} "flush"')
 
-    def _qemu_io(self, target: str, command: str, *options: str) -> str:
+    def _qemu_io(self, target: str, *commands: str, options: Sequence[str] = ()) -> str:
+        given = [word for command in commands for word in ("-c", command)]
         done = subprocess.run(
-            ["qemu-io", *options, "-f", self._format(target), "-c", command, self.images[target]],
+            ["qemu-io", *options, "-f", self._format(target), *given, self.images[target]],
             capture_output=True,
             text=True,
             check=False,
@@ -285,16 +286,22 @@ class Machine:
         command = f"write -P {pattern:#04x} {offset} {length}"
         if self.active:
             printed = self.hmp(f'qemu-io -d {self.device(target)} "{command}"')
+            held = self.holds(target, offset, length, pattern)
         else:
-            printed = self._qemu_io(target, command)
-        if not self.holds(target, offset, length, pattern):
+            printed = self._qemu_io(target, command, f"read -P {pattern:#04x} {offset} {length}")
+            held = self._held(target, length, printed)
+        if not held:
             raise RuntimeError(f"write to {target} of {self.name} failed: {printed.strip()}")
         self.writes[target].append((offset, length))
 
     def holds(self, target: str, offset: int, length: int, pattern: int) -> bool:
         """Whether every byte there is `pattern`."""
         self._flush(target)
-        printed = self._qemu_io(target, f"read -P {pattern:#04x} {offset} {length}", "-r", "-U")
+        read = f"read -P {pattern:#04x} {offset} {length}"
+        return self._held(target, length, self._qemu_io(target, read, options=("-r", "-U")))
+
+    def _held(self, target: str, length: int, printed: str) -> bool:
+        """What the `qemu-io` says that has read: whether every byte was the pattern."""
         if not re.search(rf"read {length}/{length} bytes", printed):
             raise RuntimeError(f"read of {target} of {self.name}: {printed.strip()}")
         return "Pattern verification failed" not in printed

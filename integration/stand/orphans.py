@@ -10,12 +10,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import threading
 from pathlib import Path
 from types import FrameType
 
 PR_SET_CHILD_SUBREAPER = 36
+
+AGAIN = 1.0
+"""Seconds after which to look without having been told to."""
 
 
 def adopt() -> None:
@@ -41,16 +45,32 @@ def _noticed(number: int, frame: FrameType | None) -> None:
 
 def _reap(reader: int) -> None:
     me, session = os.getpid(), os.getsid(0)
-    while os.read(reader, 4096):
-        for entry in Path("/proc").iterdir():  # glob() fails for a process that ends meanwhile
-            stat = entry / "stat"
+    while True:
+        # a list of children that changes while it is read may lack one: so, look again
+        if select.select([reader], [], [], AGAIN)[0]:
+            os.read(reader, 4096)
+        for pid in _children():
             with contextlib.suppress(OSError, ValueError):
-                head, _, tail = stat.read_text().rpartition(")")
-                pid, _, name = head.partition(" (")
+                head, _, tail = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+                name = head.partition(" (")[2]
                 state, parent, _, its_session = tail.split()[:4]
                 if (
                     (state, int(parent)) == ("Z", me)
                     and int(its_session) != session
                     and name.startswith("qemu-system")
                 ):
-                    os.waitpid(int(pid), os.WNOHANG)
+                    os.waitpid(pid, os.WNOHANG)
+
+
+def _children() -> list[int]:
+    """Process ids of our children, or of all processes where the kernel does not list them."""
+    found: list[int] = []
+    for thread in Path("/proc/self/task").iterdir():
+        try:
+            found += map(int, (thread / "children").read_text().split())
+        except FileNotFoundError:
+            if thread.exists():
+                return [int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit()]
+        except ProcessLookupError:  # a thread that has just ended
+            continue
+    return found

@@ -33,12 +33,12 @@ mkdir "$home/dev/pts"
 mount --rbind /dev/pts "$home/dev/pts"
 ln -s pts/ptmx "$home/dev/ptmx"
 ln -s /proc/self/fd "$home/dev/fd"
-mount --rbind "$home/dev" /dev
 for file in passwd group; do mount --bind "$home/$file" "/etc/$file"; done
 mount --rbind "$home" /tmp
+mount --rbind /tmp/dev /dev
 cd /tmp/checkout
 exec setpriv --reuid="$user" --regid="$user" --clear-groups --no-new-privs --inh-caps=-all \
-    --bounding-set=-all env -i HOME=/tmp/home PATH="$PATH" LC_ALL=C.UTF-8 \
+    --bounding-set=-all env -i HOME=/tmp/home TMPDIR=/tmp PATH="$PATH" LC_ALL=C.UTF-8 \
     PYTHONDONTWRITEBYTECODE=1 "$@"
 """
 

@@ -54,7 +54,10 @@ class Scene:
         assert self.domain.check() == ()
 
 
-@pytest.fixture(scope="module", params=["libvirt", "monitor", "offline"])
+@pytest.fixture(
+    scope="module",
+    params=["libvirt", "monitor", pytest.param("offline", marks=pytest.mark.thorough)],
+)
 def shared(request: pytest.FixtureRequest, local: Stand) -> Iterator[tuple[str, Machine]]:
     engine: str = request.param
     machine = Machine(local, DISKS, state="stopped" if engine == "offline" else "paused")

@@ -275,6 +275,7 @@ class History:
         assert not any(point.broken for point in listing.points)
 
 
+@pytest.mark.thorough
 def test_every_point_of_a_random_history_holds_what_was_there(
     seed: int, make_vm: MakeMachine, embedded: Embedded, tmp_path: Path
 ) -> None:
@@ -291,6 +292,7 @@ def test_every_point_of_a_random_history_holds_what_was_there(
         raise
 
 
+@pytest.mark.thorough
 def test_more_extents_than_a_reply_has_room_for(make_vm: MakeMachine, tmp_path: Path) -> None:
     """Every other granule: QEMU puts 131,072 extents in a reply at most."""
     count = 150_000

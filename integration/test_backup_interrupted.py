@@ -22,6 +22,8 @@ from integration.kill.backups import POINTS_MAX, BackupScene
 from integration.kill.scene import RAW, SHAPES
 from integration.stand import Daemon, Workspace
 
+pytestmark = pytest.mark.together
+
 LANES = 2
 LOST_WITH_QEMU = {"missing-bitmap", "inconsistent-bitmap"}
 SHOWN_ANEW = {"libvirt-stale", "wrong-parent"}

@@ -16,6 +16,8 @@ from integration.command import CommandLine, Ran
 from integration.evidence import everything, unchanged
 from integration.stand import MIB, Daemon, DiskSpec, Machine, await_greeting
 
+pytestmark = pytest.mark.together
+
 DISKS = (
     DiskSpec("vda", size=MIB),
     DiskSpec("vdb", size=MIB, compat="0.10"),

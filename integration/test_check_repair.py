@@ -206,7 +206,9 @@ class Prepared:
             machine.destroy()
 
 
-@pytest.fixture(scope="module", params=["paused", "stopped"])
+@pytest.fixture(
+    scope="module", params=["paused", pytest.param("stopped", marks=pytest.mark.thorough)]
+)
 def prepared(
     request: pytest.FixtureRequest, embedded: Embedded, tmp_path_factory: pytest.TempPathFactory
 ) -> Prepared:

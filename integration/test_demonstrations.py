@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
+@pytest.mark.thorough
 def test_the_demonstration_of_a_revert_shows_both_sides() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / "demo_revert.py")],

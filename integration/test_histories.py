@@ -348,6 +348,7 @@ def _pick(names: list[str], choice: int) -> str:
 CI_SEED = 20261125
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(7200)
 @pytest.mark.releases(("debian11", "monitor"), ("debian13", "libvirt"), ("debian13", "monitor"))
 def test_random_histories(

@@ -25,6 +25,8 @@ from integration.kill.scenarios import Case, Scenario, cases
 from integration.kill.scene import SHAPES
 from integration.stand import Daemon, Workspace
 
+pytestmark = pytest.mark.together
+
 LANES = 2
 
 Points = list[str]

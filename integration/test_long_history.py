@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import ckptmgr
 from ckptmgr.checkpoint import State
 from integration.bench.bare import Bare
@@ -14,6 +16,7 @@ from integration.evidence import bitmaps, known, on_tops
 COUNT = 30
 
 
+@pytest.mark.thorough
 def test_a_machine_carries_one_bitmap_however_many_checkpoints_it_has(
     make_vm: MakeMachine, tmp_path: Path
 ) -> None:

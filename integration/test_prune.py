@@ -112,6 +112,7 @@ def points_path(kept: Kept, name: str, disk: str) -> Path:
 sizes = st.sampled_from([3 * BLOCK, 5 * BLOCK + 512, 8 * BLOCK, 8 * BLOCK - 1024, 11 * BLOCK])
 
 
+@pytest.mark.thorough
 @SLOW
 @given(data=st.data())
 def test_any_tree_of_any_sizes_keeps_its_bytes_whatever_goes(
@@ -254,6 +255,7 @@ def copies(original: Kept, folder: Path, total: int) -> Iterator[tuple[int, Kept
         yield number, Kept(Repository(copy).lineage(original.lineage.key), original.contents)
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(1200)
 def test_killed_at_any_step_every_point_is_whole_and_the_next_one_completes_it(
     tmp_path: Path,
@@ -277,6 +279,7 @@ def test_killed_at_any_step_every_point_is_whole_and_the_next_one_completes_it(
     assert states == {(True, False), (True, True), (False, False)}
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(1200)
 def test_a_disk_that_is_full_at_any_write_loses_nothing(tmp_path: Path) -> None:
     total = calls_of(tmp_path / "dry")

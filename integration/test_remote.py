@@ -26,6 +26,8 @@ from integration.stand import DiskSpec, Machine
 from integration.stand.certificates import make_certificates
 from integration.tracked import Tracked
 
+pytestmark = pytest.mark.together
+
 DISKS = (DiskSpec("vda"), DiskSpec("vdb", backing=("qcow2",)))
 
 

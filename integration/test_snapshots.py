@@ -1056,6 +1056,7 @@ def _branched(scene: Branches, snapshot: str) -> str:
     return name
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_a_revert_that_was_killed_at_each_step(
     daemon: Daemon, warm: Warm, make_vm_on: MakeMachine, engine: str, tmp_path: Path
@@ -1093,6 +1094,7 @@ def test_a_revert_that_was_killed_at_each_step(
     print(f"killed at {len(tried)} points: {tried}")
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_a_revert_to_an_image_that_has_left_is_killed_while_bitmaps_are_taken_out(
     daemon: Daemon, warm: Warm, make_vm_on: MakeMachine, tmp_path: Path
@@ -1131,6 +1133,7 @@ def test_a_revert_to_an_image_that_has_left_is_killed_while_bitmaps_are_taken_ou
     print(f"killed at {len(tried)} points: {tried}")
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_a_snapshot_with_a_checkpoint_that_was_killed_at_each_step(
     daemon: Daemon, warm: Warm, make_vm_on: MakeMachine, tmp_path: Path

@@ -246,6 +246,7 @@ def prepared(
         machine.destroy()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(("engine", "name"), CASES)
 def test_at_every_write(

@@ -278,6 +278,7 @@ def test_an_interrupted_prune_is_no_damage(tmp_path: Path) -> None:
     assert interrupted
 
 
+@pytest.mark.thorough
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -394,6 +395,7 @@ def test_points_are_opened_without_ckptmgr_as_the_documentation_says(
         server.wait()
 
 
+@pytest.mark.thorough
 def test_while_points_are_made_merged_and_removed_a_reader_finds_nothing_wrong(
     tmp_path: Path,
 ) -> None:

@@ -68,7 +68,8 @@ class Cell:
     def of(self, *, stack: str | None = None, engine: str | None = None) -> None:
         """Name the row and column, where they are no parameters of the test."""
         given = {"stack": stack, "engine": engine}
-        self._properties += [(name, value) for name, value in given.items() if value]
+        # plain strings can be handed on from one process of a run to another
+        self._properties += [(name, str(value)) for name, value in given.items() if value]
 
     def chose(self, engine: str) -> None:
         """Say which engine was chosen by ckptmgr."""
@@ -76,7 +77,7 @@ class Cell:
 
     def refused(self, message: str) -> None:
         """Say that all is refused here, properly, and with which message."""
-        self._properties.append(("refused", message))
+        self._properties.append(("refused", str(message)))
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ class Ours:
         """A full one, which is forgotten again."""
 
         def work(_target: Path) -> Cost:
-            cost = self.backup("--full", *options)
+            cost = self.backup("--full", "--new", *options)
             shutil.rmtree(self.folder)
             return cost
 

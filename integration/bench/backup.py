@@ -261,14 +261,14 @@ def increment(bench: Bench, place: Path, share: int, how: str) -> Iterator[str]:
     yield from _table(title, medians, [Aim(0.3)] if share == 0 else [])
 
 
-def restore(bench: Bench, place: Path) -> Iterator[str]:
-    """A full point and one with 10 % changed on it, made one image."""
+def restore(bench: Bench, place: Path, *options: str, data: str = "random") -> Iterator[str]:
+    """A full point and one with 10 % changed on it, made one image; options -- of the backups."""
     with _folder(place) as folder:
-        machine = bench.machine(folder, "random")
+        machine = bench.machine(folder, data)
         ours = Ours(machine, folder)
-        ours.backup()
+        ours.backup(*options)
         change(machine, 10, "scattered")
-        ours.backup()
+        ours.backup(*options)
         image = ours.folder / "vda.qcow2"
         works: dict[str, Work] = {
             "ckptmgr restore --flatten": ours.restore,
@@ -277,13 +277,14 @@ def restore(bench: Bench, place: Path) -> Iterator[str]:
         }
         if rivals.has_virtnbdbackup():
             copies = folder / "copies"
-            rivals.virtnbdbackup(machine, copies, "copy")
+            rivals.virtnbdbackup(machine, copies, "copy", *(["-z"] if options else []))
             works["virtnbdrestore, of one image"] = lambda target: rivals.virtnbdrestore(
                 copies, target
             )
         costs = bench.in_turns(folder, works)
         machine.destroy()
-    yield from _table(f"Restore, {_where(place)}", costs, [Aim(1.2, ("qemu-img convert",))])
+    title = f"Restore{' of compressed points' if options else ''}, {_where(place)}"
+    yield from _table(title, costs, [Aim(1.2, ("qemu-img convert",))])
 
 
 def large(bench: Bench, place: Path) -> Iterator[str]:
@@ -323,6 +324,8 @@ def cases(places: Sequence[Path]) -> Iterator[tuple[str, Case]]:
         for data in ("random", "compressible"):
             yield "full", partial(full, place=place, data=data)
     yield "compressed", partial(compressed, place=places[0])
+    zstd = partial(restore, data="compressible")
+    yield "compressed", lambda bench: zstd(bench, places[0], "--compress", "zstd")
     for share in SHARES:
         for how in ("contiguous", "scattered") if 0 < share < 100 else ("contiguous",):
             yield "increment", partial(increment, place=places[0], share=share, how=how)

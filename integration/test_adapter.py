@@ -43,6 +43,8 @@ EVERY_KIND = (
     DiskSpec("sdb", bus="sata", read_only=True, device="cdrom", format="raw"),
     DiskSpec("hda", device="cdrom", empty=True, read_only=True, format="raw"),
 )
+# At a socket: two libvirts that choose a port at once may choose the same.
+GRAPHICS = "<graphics type='vnc' passwd='hunter2'><listen type='socket'/></graphics>"
 
 
 def adapt(vm: Machine) -> DomainAdapter:
@@ -136,8 +138,7 @@ def test_a_missing_image_of_a_stopped_domain_leaves_its_facts_open(make_vm: Make
 
 
 def test_the_definition_is_that_of_libvirts_own_checkpoint(make_vm: MakeMachine) -> None:
-    graphics = "<graphics type='vnc' autoport='yes' passwd='hunter2'/>"
-    vm = make_vm([DiskSpec(backing=("qcow2",))], devices=graphics)
+    vm = make_vm([DiskSpec(backing=("qcow2",))], devices=GRAPHICS)
     checkpoint = vm.domain.checkpointCreateXML(
         "<domaincheckpoint><name>c1</name></domaincheckpoint>"
     )
@@ -159,7 +160,7 @@ def test_the_definition_is_that_of_libvirts_own_checkpoint(make_vm: MakeMachine)
 def test_secrets_are_in_the_definition_only_when_asked_for(
     make_vm: MakeMachine, local: Stand
 ) -> None:
-    vm = make_vm(devices="<graphics type='vnc' autoport='yes' passwd='hunter2'/>")
+    vm = make_vm(devices=GRAPHICS)
     for _ in ("running", "stopped"):
         assert "hunter2" not in adapt(vm).definition()
         assert "hunter2" in adapt(vm).definition(secure=True)

@@ -25,6 +25,7 @@ from integration.conftest import MakeMachine
 from integration.stacks import RELEASES, Stack, build
 from integration.stacks.__main__ import NAMES
 from integration.stacks.fixtures import Stacks
+from integration.stacks.remote import free_port
 from integration.stacks.table import Cell
 from integration.stand import MIB, DiskSpec, Guest, Machine, rounded
 from integration.stand.accel import domain_type
@@ -498,7 +499,8 @@ def migrate(tracked: Tracked, target: Stack, xml: str | None = None) -> None:
         # both ends have the images in one page cache
         | libvirt.VIR_MIGRATE_UNSAFE
     )
-    where = {libvirt.VIR_MIGRATE_PARAM_URI: "tcp://127.0.0.1"}
+    # Not the port that libvirt would choose: that may be the choice of another one's as well.
+    where = {libvirt.VIR_MIGRATE_PARAM_URI: f"tcp://127.0.0.1:{free_port()}"}
     if xml is not None:
         where[libvirt.VIR_MIGRATE_PARAM_DEST_XML] = xml
     machine.domain.migrate3(target.handle, where, flags)

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ckptmgr.domain.adapter import DomainAdapter
 from ckptmgr.domain.disk import DiskLayers
 from ckptmgr.engine.base import Engine, Outcome
 from ckptmgr.engine.libvirt import LibvirtEngine
-from ckptmgr.engine.monitor import MonitorEngine
+from ckptmgr.engine.monitor import MonitorEngine, listening
 from ckptmgr.engine.offline import OfflineEngine
 from ckptmgr.engine.qemu_img import check_free, image_name, serve
 from ckptmgr.errors import BitmapBroken, Busy, CheckpointExists, Unsupported
@@ -477,6 +478,27 @@ def test_somebody_elses_backup_job_is_left_alone(running: Driver) -> None:
     assert running.known() == ({"c0"} if running.name is LIBVIRT else set())
     assert str(socket) in machine.domain.backupGetXMLDesc()
     machine.domain.abortJob()
+
+
+def test_the_question_whether_a_server_runs_leaves_it_no_client(make_vm: MakeMachine) -> None:
+    """QEMU stands still for ever when a server is stopped that has a client yet to negotiate."""
+    machine = make_vm([DiskSpec("vda")])
+    socket = machine.folder / "nbd"
+    assert not listening(str(socket))
+    server = {"type": "unix", "data": {"path": str(socket)}}
+    machine.qmp("nbd-server-start", addr=server)
+    with ThreadPoolExecutor(1) as pool:
+        os.kill(machine.pid, signal.SIGSTOP)
+        try:
+            asked = pool.submit(listening, str(socket))
+            time.sleep(0.5)
+            told_too_early = asked.done()
+        finally:
+            os.kill(machine.pid, signal.SIGCONT)
+        assert asked.result()
+    assert not told_too_early
+    machine.qmp("nbd-server-stop")
+    assert not listening(str(socket))
 
 
 def test_a_bitmap_of_the_name_belongs_to_somebody_else_and_stays(running: Driver) -> None:

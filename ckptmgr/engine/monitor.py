@@ -53,6 +53,7 @@ JOB_TIMEOUT = 60.0
 """Seconds for a job of QEMU's to end."""
 
 _PAUSE = 0.005
+_ANSWER = 30.0  # seconds
 
 
 class MonitorEngine:
@@ -277,15 +278,37 @@ def _not_writable(ref: BitmapRef, said: str) -> CkptmgrError:
 
 
 def listening(path: str) -> bool:
-    """Whether something accepts connections on a socket: QEMU, where the path is ours."""
+    """Whether something accepts connections on a socket: QEMU, where the path is ours.
+
+    It leaves QEMU no client.  ``nbd-server-stop`` waits for one that has not negotiated yet without
+    listening to it (QEMU 7.2 of Debian 12), so that the whole of QEMU would stand still for ever:
+    our end is shut, and it is waited for until QEMU's is.
+
+    Raises Busy if QEMU does not answer, OperationFailed if the socket cannot be opened.
+    """
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as client:
+        client.settimeout(_ANSWER)
         try:
             client.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
             return False
+        except (TimeoutError, BlockingIOError) as error:
+            raise _silent(path) from error
         except OSError as error:
             raise OperationFailed(
                 f"the socket {path} cannot be opened: {error.strerror}",
                 hint="run as root or as the user that QEMU runs as",
             ) from error
+        try:
+            client.shutdown(sockets.SHUT_WR)
+            while client.recv(4096):
+                pass
+        except TimeoutError as error:
+            raise _silent(path) from error
+        except OSError:
+            pass  # closed as well
     return True
+
+
+def _silent(path: str) -> Busy:
+    return Busy(f"QEMU does not answer on its socket {path}", hint="try again later")

@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -156,7 +157,28 @@ def _only_long(item: pytest.Item, stand: str) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    _show_kills(terminalreporter)
     table.show(terminalreporter)
+
+
+def _show_kills(reporter: pytest.TerminalReporter) -> None:
+    """How often whom was killed, of the tests that enumerate where that can be."""
+    found = [
+        kill
+        for report in reporter.getreports("passed")
+        if report.when == "call"
+        for name, kill in report.user_properties
+        if name == "killed"
+    ]
+    if not found:
+        return
+    reporter.section("killed at every step")
+    tried: Counter[str] = Counter()
+    for what, who, points in found:
+        reporter.write_line(f"{who} in {what}: {points} points")
+        tried[who] += points
+    counts = ", ".join(f"{who} {count} times" for who, count in tried.items())
+    reporter.write_line(f"in all: {counts}")
 
 
 @pytest.hookimpl(wrapper=True)

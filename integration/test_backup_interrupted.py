@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from queue import SimpleQueue
 
 import pytest
 
@@ -22,9 +19,6 @@ from integration.kill.backups import POINTS_MAX, BackupScene
 from integration.kill.scene import RAW, SHAPES
 from integration.stand import Daemon, Workspace
 
-pytestmark = pytest.mark.together
-
-LANES = 2
 LOST_WITH_QEMU = {"missing-bitmap", "inconsistent-bitmap"}
 SHOWN_ANEW = {"libvirt-stale", "wrong-parent"}
 
@@ -66,63 +60,26 @@ CASES = (
 )
 
 
-class Lanes:
-    """Runs cases ahead of the tests that ask for them; those that kill libvirtd come last."""
-
-    def __init__(self, daemon: Daemon, warm: list[Warm], cases: list[Case]) -> None:
-        self._daemon = daemon
-        self._warm: SimpleQueue[Warm] = SimpleQueue()
-        for each in warm:
-            self._warm.put(each)
-        self._executor = ThreadPoolExecutor(len(warm))
-        self._running: dict[Case, Future[list[str]]] = {
-            case: self._executor.submit(self._run, case)
-            for case in cases
-            if case.victim is not Victim.LIBVIRTD
-        }
-
-    def result(self, case: Case) -> list[str]:
-        """The boundaries of a case at which somebody was killed."""
-        if case in self._running:
-            return self._running[case].result()
-        self._executor.shutdown()
-        return self._run(case)
-
-    def _run(self, case: Case) -> list[str]:
-        warm = self._warm.get()
-        try:
-            shapes = RAW if case.raw else SHAPES
-            scene = BackupScene(self._daemon, warm, shapes[case.engine])
-            try:
-                return _every_point(scene, case)
-            finally:
-                scene.connect()
-                scene.machine.destroy()
-        finally:
-            self._warm.put(warm)
-
-    def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
-
-
 @pytest.fixture(scope="module")
-def lanes(request: pytest.FixtureRequest, workspace: Workspace, daemon: Daemon) -> Iterator[Lanes]:
-    functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    ours = [each for each in functions if each.function is test_killed_at_every_step]
-    wanted = [each.callspec.params["case"] for each in ours]
-    with ExitStack() as stack:
-        warm = [stack.enter_context(Warm(workspace, daemon.environment())) for _ in range(LANES)]
-        lanes = Lanes(daemon, warm, wanted)
-        stack.callback(lanes.close)
-        yield lanes
+def warm(workspace: Workspace, daemon: Daemon) -> Iterator[Warm]:
+    with Warm(workspace, daemon.environment()) as warm:
+        yield warm
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_killed_at_every_step(lanes: Lanes, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_at_every_step(
+    daemon: Daemon, warm: Warm, case: Case, record_property: Callable[[str, object], None]
+) -> None:
     """The next backup goes on, all points are whole, and every one holds what was there."""
-    points = lanes.result(case)
-    with capsys.disabled():
-        print(f"\nbackup, {case}: killed at {len(points)} points")
+    shapes = RAW if case.raw else SHAPES
+    scene = BackupScene(daemon, warm, shapes[case.engine])
+    try:
+        points = _every_point(scene, case)
+    finally:
+        scene.connect()
+        scene.machine.destroy()
+    record_property("killed", [f"backup, {case}", f"{case.victim}", len(points)])
 
 
 def _every_point(scene: BackupScene, case: Case) -> list[str]:

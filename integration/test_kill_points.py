@@ -20,8 +20,8 @@ from integration.kill.scenarios import Case, Scenario, cases
 from integration.kill.scene import SHAPES
 from integration.stand import Daemon, Workspace
 
-LEAST = 10
-"""Points at which our process is killed in each case."""
+LEAST = 15
+"""Points at which our process is killed in each case that is tried at all of them."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -71,12 +71,14 @@ def test_killed_at_every_step(
     victim, scenario = case
     points = _every_point(lane.scene(scenario.engine), victim, scenario)
     record_property("killed", [f"{scenario}", f"{victim}", len(points)])
-    assert victim is not Victim.PROCESS or len(points) >= LEAST
+    if victim is Victim.PROCESS and not scenario.steps_only:
+        assert len(points) >= LEAST
 
 
 def test_our_process_is_killed_at_a_hundred_points_at_least() -> None:
     ours = [scenario for victim, scenario in cases(long=False) if victim is Victim.PROCESS]
-    assert LEAST * len(ours) >= 100
+    whole = [scenario for scenario in ours if not scenario.steps_only]
+    assert LEAST * len(whole) >= 100
 
 
 def _every_point(scene: Scene, victim: Victim, scenario: Scenario) -> list[str]:

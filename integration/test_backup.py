@@ -14,6 +14,7 @@ import pytest
 import ckptmgr
 from ckptmgr.backup.block import BLOCK
 from ckptmgr.backup.manifest import Manifest
+from ckptmgr.engine.monitor import CREATION
 from ckptmgr.operation import backup as operation
 from integration.conftest import MakeMachine
 from integration.evidence import has_checkpoints
@@ -131,6 +132,17 @@ def test_every_point_holds_what_the_disks_held(backups: MakeBackups, engine: str
     ] * 2
     assert third.parent == "second"
     assert all(disk.bytes <= 8 * BLOCK for disk in third.disks), "nothing changed"
+
+
+def test_a_scratch_file_that_a_killed_backup_was_making_is_no_obstacle(
+    backups: MakeBackups, tmp_path: Path
+) -> None:
+    vm = backups(DiskSpec("vda"), engine="monitor")
+    vm.scatter(1)
+    options = {"driver": "file", "filename": str(tmp_path / "scratch"), "size": 0}
+    vm.machine.qmp("blockdev-create", **{"job-id": CREATION}, options=options)
+    vm.check(vm.take("first"))
+    assert vm.machine.qmp("query-jobs") == []
 
 
 def test_compressed_points_are_smaller_and_hold_the_same(backups: MakeBackups) -> None:

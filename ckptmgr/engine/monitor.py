@@ -45,6 +45,9 @@ log = logging.getLogger("ckptmgr")
 EXPORT_PREFIX = "ckptmgr-"
 """Starts the ids of our block exports."""
 
+CREATION = "ckptmgr-create"
+"""Id of the job that makes a scratch file."""
+
 SCRATCH_PREFIX = scratch_name("")
 STORAGE_PREFIX = "ckptmgr-file-"
 """Start the names of our scratch nodes, and of the files below them."""
@@ -190,22 +193,30 @@ class MonitorEngine:
 
     def _create(self, options: dict[str, Any]) -> None:
         """blockdev-create, which is a job."""
-        job = f"{EXPORT_PREFIX}create"
-        self._command("blockdev-create", **{"job-id": job}, options=options)
-        deadline = time.monotonic() + JOB_TIMEOUT
-        while True:
-            (found,) = [each for each in self._command("query-jobs") if each["id"] == job]
-            if found["status"] == "concluded":
-                break
-            if time.monotonic() > deadline:
-                raise Busy("QEMU does not finish making a scratch file")
-            time.sleep(_PAUSE)
-        self._command("job-dismiss", id=job)
-        if "error" in found:
+        self._end_creation()
+        self._command("blockdev-create", **{"job-id": CREATION}, options=options)
+        error = self._end_creation()
+        if error is not None:
             raise OperationFailed(
-                f"QEMU cannot make a scratch file: {found['error']}",
+                f"QEMU cannot make a scratch file: {error}",
                 hint="socket_directory in ckptmgr.toml names another folder for them",
             )
+
+    def _end_creation(self) -> str | None:
+        """Wait for the job that makes a file, also that of a process that was killed meanwhile.
+
+        Returns why it failed, None if it did not or there is none.
+        """
+        deadline = time.monotonic() + JOB_TIMEOUT
+        while jobs := [each for each in self._command("query-jobs") if each["id"] == CREATION]:
+            if jobs[0]["status"] == "concluded":
+                self._command("job-dismiss", id=CREATION)
+                error: str | None = jobs[0].get("error")
+                return error
+            if time.monotonic() > deadline:
+                raise Busy("QEMU does not finish making a scratch file", hint="try again later")
+            time.sleep(_PAUSE)
+        return None
 
     def _export_scratch(self, scratch: Scratch) -> None:
         arguments = {
@@ -218,6 +229,7 @@ class MonitorEngine:
         self._command("block-export-add", **arguments)
 
     def _remove_scratch(self) -> None:
+        self._end_creation()
         deadline = time.monotonic() + JOB_TIMEOUT
         told: set[str] = set()
         while jobs := [

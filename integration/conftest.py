@@ -157,6 +157,8 @@ def _only_long(item: pytest.Item, stand: str) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if hasattr(terminalreporter.config, "workerinput"):
+        return  # one of several processes: its results are told by the one that began them
     _show_kills(terminalreporter)
     table.show(terminalreporter)
 

@@ -13,20 +13,21 @@ from ..config import Driver
 
 def library(driver: Driver, root: Path | None) -> Path:
     """The folder with one for each running domain, where QEMU has its sockets (libDir)."""
-    if driver is Driver.EMBEDDED and root is not None:
-        return root / "lib" / "qemu"
-    if driver is Driver.SESSION:
-        return _session() / "lib"
-    return Path("/var/lib/libvirt/qemu")
+    return _folder(driver, root, embedded="lib/qemu", session="lib", system="qemu")
 
 
 def tpm_states(driver: Driver, root: Path | None) -> Path:
     """The folder with the state of each domain's TPM, by UUID (swtpmStorageDir)."""
+    return _folder(driver, root, embedded="lib/swtpm", session="swtpm", system="swtpm")
+
+
+def _folder(driver: Driver, root: Path | None, *, embedded: str, session: str, system: str) -> Path:
+    """What is called so below the folder of each driver."""
     if driver is Driver.EMBEDDED and root is not None:
-        return root / "lib" / "swtpm"
+        return root / embedded
     if driver is Driver.SESSION:
-        return _session() / "swtpm"
-    return Path("/var/lib/libvirt/swtpm")
+        return _session() / session
+    return Path("/var/lib/libvirt") / system
 
 
 def _session() -> Path:

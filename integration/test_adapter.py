@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import subprocess
@@ -83,6 +84,29 @@ def test_a_domain_is_found_by_any_name_uuid_and_id(
 def test_an_unknown_domain_is_named(stand: Stand, key: str) -> None:
     with pytest.raises(NoDomain):
         DomainAdapter.find(stand.connection, key)
+
+
+@pytest.mark.not_on_stacks("what Python's collection of garbage does to its binding")
+def test_no_error_of_libvirts_is_lost_to_the_collection_of_garbage(
+    local: Stand, make_vm: MakeMachine
+) -> None:
+    vm = make_vm(state="stopped")
+    thresholds = gc.get_threshold()
+    try:
+        for allocations in range(1, 40):
+            gc.disable()
+            gc.collect()
+            garbage: list[Any] = [vm.stand.connection.lookup(vm.name)]
+            garbage.append(garbage)
+            del garbage
+            gc.set_threshold(allocations)
+            gc.enable()
+            with pytest.raises(NoDomain):
+                DomainAdapter.find(local.connection, "no such")
+            assert gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
 
 
 # --- disks ---------------------------------------------------------------------------------------

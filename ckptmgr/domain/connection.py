@@ -154,11 +154,11 @@ def _opened(handle: Any, chosen: str | None, read_only: bool) -> Connection:
     # libvirt may report the daemon's own URI; what the user wrote says how it was reached.
     location = parse_uri(chosen if chosen is not None and ":" in chosen else canonical)
     if location.driver is not Driver.EMBEDDED:
-        try:
-            handle.setKeepAlive(*_KEEPALIVE)
-        except libvirt.libvirtError as error:
-            if error.get_error_code() != _NO_SUPPORT:
-                with translate("setting up keep-alives"):
+        with translate("setting up keep-alives"):
+            try:
+                handle.setKeepAlive(*_KEEPALIVE)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != _NO_SUPPORT:
                     raise
     return Connection(handle, canonical, location, read_only)
 

@@ -6,7 +6,9 @@ the names.
 
 from __future__ import annotations
 
+import gc
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -120,6 +122,39 @@ def ours(
     return chosen(message, hint=hint)
 
 
+class _Collection:
+    """Python's collection of garbage, held while libvirt is asked.
+
+    libvirt keeps a thread's last error, and the binding asks for it after a call has failed. An
+    object of libvirt's that is collected in between has libvirt forget the error: what is raised
+    then has neither a number nor a text.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._was_enabled = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No object is collected in the block, but for those that nothing refers to."""
+        with self._lock:
+            if not self._holders:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if not self._holders and self._was_enabled:
+                    gc.enable()
+
+
+_collection = _Collection()
+
+
 @contextmanager
 def translate(what: str, domain: str | None = None) -> Iterator[None]:
     """Turn a libvirtError of the block into one of ours; libvirt's is its cause.
@@ -128,7 +163,8 @@ def translate(what: str, domain: str | None = None) -> Iterator[None]:
     domain -- name of the domain it is done to
     """
     try:
-        yield
+        with _collection.held():
+            yield
     except libvirt.libvirtError as error:
         code, origin = error.get_error_code(), error.get_error_domain()
         text = error.get_error_message() or str(error)

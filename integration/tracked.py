@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 from ckptmgr.checkpoint import EngineName
 from ckptmgr.config import Settings
 from ckptmgr.domain.known import known_names, known_parent
@@ -9,7 +12,15 @@ from ckptmgr.manager import Domain, Host
 from ckptmgr.store import Store
 from ckptmgr.views import CheckpointView
 from integration.stacks import Stack
-from integration.stand import Machine, rounded
+from integration.stand import DiskSpec, Machine, rounded
+
+LIBVIRT, MONITOR, OFFLINE = EngineName.LIBVIRT, EngineName.MONITOR, EngineName.OFFLINE
+
+DISKS = (
+    DiskSpec("vda"),
+    DiskSpec("vdb", backing=("qcow2", "raw")),
+    DiskSpec("vdc", format="raw"),
+)
 
 Extents = list[tuple[int, int]]
 
@@ -87,3 +98,57 @@ class Tracked:
         """The checkpoints that libvirt knows, each with its parent."""
         adapter = self.domain.adapter
         return {name: known_parent(adapter, name) for name in known_names(adapter)}
+
+
+def fitting(stack: Stack) -> EngineName:
+    """The engine that has to be chosen for a running domain."""
+    return MONITOR if stack.kind == "debian11" else LIBVIRT
+
+
+def check_history(tracked: Tracked, *names: str) -> None:
+    """Each interval, and the whole, are what was written; unknown only where nobody tracks."""
+    assert tracked.names() == list(names)
+    last = tracked.domain.checkpoint(names[-1])
+    untracked = {disk.name: None for disk in last.disks if disk.bitmap is None}
+    untracked.pop("hda", None)
+    for start, end in [*itertools.pairwise(names), (names[0], None), (names[-1], None)]:
+        assert tracked.shown(start, end) == {**tracked.written(start, end), **untracked}
+
+
+def two_checkpoints(tracked: Tracked) -> None:
+    """c0 and c1, with writes before, between and after."""
+    for number in range(2):
+        tracked.write(2 * number)
+        tracked.create(f"c{number}")
+        tracked.write(2 * number + 1)
+
+
+def made_whole(tracked: Tracked, *line: str, also: Sequence[str] = ()) -> None:
+    """Nothing is wrong but what libvirt has forgotten, which is given back to it; and `also`."""
+    tells = fitting(tracked.stack) is LIBVIRT
+    forgotten = tells and tracked.known().keys() != set(line)
+    assert tracked.problems() == [*also, *(["store-only"] if forgotten else [])]
+    tracked.domain.repair()
+    assert tracked.problems() == []
+    if tells:
+        assert tracked.known() == dict(zip(line, [None, *line], strict=False))
+    check_history(tracked, *line)
+
+
+def and_a_third(tracked: Tracked, *, also: Sequence[str] = ()) -> None:
+    """The history goes on as if nothing had happened.
+
+    also -- what check finds first, and is to be cured
+    """
+    check_history(tracked, "c0", "c1")
+    made_whole(tracked, "c0", "c1", also=also)
+    tracked.write(10)
+    assert tracked.create("c2").parent == "c1"
+    tracked.write(11)
+    check_history(tracked, "c0", "c1", "c2")
+    if fitting(tracked.stack) is LIBVIRT:
+        assert tracked.known()["c2"] == "c1"
+    for name in ("c1", "c0"):
+        tracked.domain.delete(name)
+    assert tracked.shown("c2") == {**tracked.written("c2")}
+    assert tracked.problems() == []

@@ -1,8 +1,9 @@
 """The table of a run: scenario and engine, and how it went on each stack.
 
-A test's scenario is its marker ``scenario("...")``, or else its module.  Its stack and engine are
-its parameters (``stack`` or ``stand``; ``engine`` and what is named so in the modules), or what it
-says through the fixture ``cell``; else the stack is the run's stand.
+A test's scenario is its marker ``scenario("...")``, or else its module, and the folder that this
+is in.  Its stack and engine are its parameters (``stack`` or ``stand``; ``engine`` and what is
+named so in the modules), or what it says through the fixture ``cell``; else the stack is the run's
+stand.
 
 The embedded libvirt, the daemon and the stacks each need a run of their own.  Runs with
 ``CKPTMGR_TEST_CELLS`` in their environment add a line for each test to that file, and
@@ -93,6 +94,8 @@ def mark(item: pytest.Item, stand: str) -> None:
     parameters: Mapping[str, object] = {} if callspec is None else callspec.params
     stack = next((str(value) for value in parameters.values() if value in RELEASES), stand)
     words = item.path.stem.removeprefix("test_").replace("_", " ")
+    if item.path.parent.name != "integration":
+        words = f"{item.path.parent.name}, {words}"
     scenario = words if marker is None else marker.args[0]
     engine = next((str(value) for value in parameters.values() if value in [*EngineName]), "any")
     if parameters.get("engine") == "auto":

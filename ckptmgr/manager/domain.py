@@ -127,7 +127,7 @@ class Domain:
         disks -- which to track; default: all that can be
         quiesce -- freeze the guest's file systems for that instant, through its agent
         """
-        request = operation.creation.Request(name, description, tuple(disks), quiesce)
+        request = operation.preparation.Request(name, description, tuple(disks), quiesce)
         return operation.creation.create(self._now, request)
 
     @_names_domain
@@ -140,7 +140,7 @@ class Domain:
         quiesce: bool = False,
     ) -> Plan:
         """What create() would do."""
-        request = operation.creation.Request(name, description, tuple(disks), quiesce)
+        request = operation.preparation.Request(name, description, tuple(disks), quiesce)
         return operation.creation.plan_create(self._now, request)
 
     @_names_domain

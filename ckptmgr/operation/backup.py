@@ -42,10 +42,10 @@ from ..plan import planner
 from ..plan.request import CreateRequest
 from ..plan.steps import Direct, Plan
 from ..store import Intent, Loaded
-from . import creation, repositories
-from .creation import Served
+from . import creation, preparation, repositories
 from .pausing import while_standing
 from .point import Progress, Request, RestorePoint
+from .preparation import Served
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
@@ -92,10 +92,10 @@ def plan_backup(session: Session, request: Request) -> Plan:
             on = disk_base(loaded.history, session.adapter.uuid, points, base, target)
         how = "all of it" if on is None else f"what changed since restore point {on.point}"
         steps.append(Direct(f"repository: copy {how} of {target}"))
-    asked = creation.Request(request.name, None, (), quiesce=bool(request.quiesce))
+    asked = preparation.Request(request.name, None, (), quiesce=bool(request.quiesce))
     copying = _Wanted("0" * 32, targets, request.pause)
     if _tracked(session):
-        plan = creation.prepare(session, loaded, asked, session.place(), copying=copying).plan
+        plan = preparation.prepare(session, loaded, asked, session.place(), copying=copying).plan
     else:
         plan = _serving(session, targets)
     after = f" after {base.point}" if base is not None else ""
@@ -204,7 +204,7 @@ def _make(session: Session, loaded: Loaded, point: RestorePoint) -> None:
 def _with_checkpoint(
     session: Session, loaded: Loaded, point: RestorePoint, *, quiesce: bool
 ) -> None:
-    asked = creation.Request(point.name, None, (), quiesce)
+    asked = preparation.Request(point.name, None, (), quiesce)
     creation.create_under_lock(session, loaded, asked, point)
 
 
@@ -248,7 +248,7 @@ def _serving(session: Session, targets: tuple[str, ...], *, quiesce: bool = Fals
             disks=(),
             socket=workspace.address if engine is not EngineName.OFFLINE else None,
             quiesce=session.settings.freeze_timeout if quiesce else None,
-            serve=creation.serve_disks(session, targets, workspace),
+            serve=preparation.serve_disks(session, targets, workspace),
         )
     )
 

@@ -30,7 +30,7 @@ from ..domain.attachments import attachments, members
 from ..errors import OperationFailed, RepositoryDamaged, RepositoryFailed
 from ..history import History
 from . import difference
-from .creation import Served
+from .preparation import Served
 from .session import Session
 
 log = logging.getLogger("ckptmgr")

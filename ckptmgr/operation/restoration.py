@@ -60,10 +60,11 @@ from ..plan.steps import CheckpointRedefine, Direct, ImageBitmap, Plan
 from ..store import Intent, Loaded, files
 from ..tails import left_at
 from ..xml import parse
-from . import archive, creation, difference, projection
-from .reversion import free_name, keep_tails
+from . import archive, difference, preparation, projection
+from .naming import free_name
+from .reversion import keep_tails
 from .session import Session
-from .tracking import restored_disk, untracked_disk
+from .tracking import grown, restored_disk, untracked_disk, with_maps
 
 log = logging.getLogger("ckptmgr")
 
@@ -535,18 +536,18 @@ def _of_others(
         engine = session.engine(_OFFLINE)
         engine.run(undo)  # of an attempt before
         session = session.renewed()
-        request = creation.Request(name, None, tuple(map(DiskRequest, targets)), quiesce=False)
-        made = creation.prepare(session, loaded, request, session.place(), unreadable)
+        request = preparation.Request(name, None, tuple(map(DiskRequest, targets)), quiesce=False)
+        made = preparation.prepare(session, loaded, request, session.place(), unreadable)
         steps = [step for step in made.plan.steps if not isinstance(step, CheckpointRedefine)]
         try:
-            maps = creation.grown(loaded.history, made.checkpoint, engine.run(steps).maps)
+            maps = grown(loaded.history, made.checkpoint, engine.run(steps).maps)
         except BitmapBroken as error:
             broken = frozenset({error.disk} if error.disk else targets)
             if broken <= unreadable:
                 raise
             unreadable |= broken
             continue
-        recorded = creation.with_maps(made.checkpoint, session.store.save_maps, maps)
+        recorded = with_maps(made.checkpoint, session.store.save_maps, maps)
         return {disk.name: disk for disk in recorded.disks if disk.name in targets}
 
 

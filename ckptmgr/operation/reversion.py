@@ -40,6 +40,7 @@ from ..tails import join_maps, left_at
 from ..trust import doubt
 from . import archive, creation
 from .difference import read_bitmaps
+from .naming import free_name
 from .pausing import go_on, stand_still
 from .refusal import refuse
 from .returning import read, removal, returning, unsure
@@ -224,13 +225,6 @@ def _document(session: Session, name: str) -> str:
         if disk.bitmap is not None and disk.persistent
     )
     return format_libvirt(Checkpoint(name, 1, None, session.choice.engine, disks))
-
-
-def free_name(loaded: Loaded, now: int) -> str:
-    """A name for a checkpoint that nobody names: the time, or a second later."""
-    taken = {*loaded.history.checkpoints, *loaded.damaged_names, *loaded.record.moved}
-    names = map(str, range(now, now + len(taken) + 1))
-    return next(name for name in names if name not in taken)
 
 
 def _trackers(history: History, targets: Iterable[str]) -> dict[str, str]:

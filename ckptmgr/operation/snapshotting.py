@@ -13,7 +13,7 @@ from ..errors import InvalidRequest
 from ..plan.steps import Direct, Plan, Step
 from ..snapshot import Snapshot, check_snapshot_name, format_snapshot
 from ..views import ListView, PlaceView, SnapshotView
-from . import creation, noticing
+from . import creation, noticing, preparation
 from .pausing import go_on, stand_still
 from .session import Session
 
@@ -111,8 +111,8 @@ def _check_memory(session: Session, request: Request) -> None:
         )
 
 
-def _with_checkpoint(request: Request) -> creation.Request:
-    return creation.Request(None, f"snapshot {request.name or ''}".strip(), (), False)
+def _with_checkpoint(request: Request) -> preparation.Request:
+    return preparation.Request(None, f"snapshot {request.name or ''}".strip(), (), False)
 
 
 def with_snapshots(session: Session, listed: ListView) -> ListView:

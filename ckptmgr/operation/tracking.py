@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ..align import AlignedDisk, default_granularity, untrackable
 from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
+from ..dirtymap import DirtyMap
 from ..domain.disk import Disk, DiskLayers
 from ..history import History
 from ..plan.request import CreateDisk
@@ -115,3 +116,39 @@ def shown_disks(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         (disk.name, "bitmap" if disk.bitmap is not None and disk.persistent else "no")
         for disk in checkpoint.disks
     ]
+
+
+def grown(
+    history: History, checkpoint: Checkpoint, maps: Mapping[str, DirtyMap]
+) -> dict[str, DirtyMap]:
+    """`maps` with the part of each disk that was not there when its interval began."""
+    return {
+        name: dirty.grown_from(_size_at_start(history, checkpoint.disk(name)))
+        for name, dirty in maps.items()
+    }
+
+
+def _size_at_start(history: History, disk: CheckpointDisk | None) -> int | None:
+    if disk is None or disk.interval is None:
+        return None
+    since = history.get(disk.interval.since).disk(disk.name)
+    return None if since is None else since.size
+
+
+def with_maps(
+    checkpoint: Checkpoint,
+    save: Callable[[Iterable[DirtyMap]], Iterable[str]],
+    maps: Mapping[str, DirtyMap],
+) -> Checkpoint:
+    """`checkpoint` with the digests of the maps that were read, which are kept by `save` first."""
+    ended = [disk.name for disk in checkpoint.disks if disk.interval and disk.name in maps]
+    if not ended:
+        return checkpoint
+    digests = dict(zip(ended, save(maps[name] for name in ended), strict=True))
+    disks = tuple(
+        replace(disk, interval=Interval(disk.interval.since, digests[disk.name]))
+        if disk.interval is not None and disk.name in digests
+        else disk
+        for disk in checkpoint.disks
+    )
+    return replace(checkpoint, disks=disks)

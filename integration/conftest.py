@@ -35,6 +35,7 @@ from ckptmgr.domain.adapter import DomainAdapter
 from ckptmgr.errors import Unsupported
 from integration.stacks import RELEASES, Stack, table
 from integration.stacks.fixtures import stack, stacks
+from integration.stacks.repeats import Case, own_release, repeats
 from integration.stacks.table import cell
 from integration.stand import (
     Daemon,
@@ -89,6 +90,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "releases((stack, engine), ...): these alone of the stacks; none: only with --long",
     )
     config.addinivalue_line("markers", "not_on_stacks(reason): on the embedded libvirt alone")
+    config.addinivalue_line(
+        "markers", "each_release: also on a release that repeats what other runs have"
+    )
     if config.getoption("--stand") == "daemon" and os.geteuid() == 0:
         try:
             private_mounts()
@@ -112,8 +116,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("together") and config.getoption("dist", "no") != "no":
             stack = dict(item.user_properties)["stack"]
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {stack}"))
+    if stand == "stacks" and not long:
+        repeated = repeats(map(_case, kept), own_release())
+        dropped += [item for item, again in zip(kept, repeated, strict=True) if again]
+        kept = [item for item, again in zip(kept, repeated, strict=True) if not again]
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
+
+
+def _case(item: pytest.Item) -> Case:
+    said = dict(item.user_properties)
+    marked = item.get_closest_marker("each_release") is not None
+    return Case(str(said["scenario"]), str(said["engine"]), str(said["stack"]), marked)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

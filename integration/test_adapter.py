@@ -112,6 +112,7 @@ def test_no_error_of_libvirts_is_lost_to_the_collection_of_garbage(
 # --- disks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_release
 @pytest.mark.parametrize("state", ["paused", "stopped"])
 def test_disks_are_the_same_running_and_stopped(
     stand: Stand, make_vm_on: MakeMachine, state: str
@@ -215,6 +216,7 @@ def test_the_definition_of_a_running_domain_has_a_disk_that_was_plugged_in(
 # --- nodes and bitmaps ---------------------------------------------------------------------------
 
 
+@pytest.mark.each_release
 def test_on_blockdev_nodes_are_read_and_no_detection_is_run(
     stand: Stand, make_vm_on: MakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +340,7 @@ def test_on_drive_a_mistaken_alias_is_an_error_and_no_other_disks_node(
         detect_nodes(mistaken, *ask(adapt(vm)))
 
 
+@pytest.mark.each_release
 @pytest.mark.parametrize("running", [True, False])
 def test_layers_show_the_bitmaps_running_and_stopped(
     stand: Stand, make_vm_on: MakeMachine, running: bool
@@ -419,6 +422,7 @@ def test_support_is_decided_for_the_domain(make_vm: MakeMachine) -> None:
 # --- marker --------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_release
 def test_the_marker_is_live_and_in_the_configuration(stand: Stand, make_vm_on: MakeMachine) -> None:
     vm = make_vm_on(stand)
     adapter = adapt(vm)

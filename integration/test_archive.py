@@ -78,6 +78,7 @@ def scene(shared: tuple[str, Machine], tmp_path: Path) -> Iterator[Scene]:
     wipe(machine)
 
 
+@pytest.mark.each_release
 def test_differences_stay_what_they_were(scene: Scene) -> None:
     with unchanged(scene.machine, scene.store):
         assert len(scene.domain.plan_archive(3).steps) >= 2

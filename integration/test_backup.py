@@ -168,6 +168,7 @@ def test_zeroes_and_discards_come_back_as_zeroes_and_cost_a_record(backups: Make
     assert second.disks[0].bytes <= 8 * BLOCK
 
 
+@pytest.mark.each_release
 def test_a_stopped_domain_is_backed_up_from_its_images(backups: MakeBackups) -> None:
     vm = backups(DiskSpec("vda"), DiskSpec("vdb", format="raw"))
     vm.scatter(1)
@@ -198,6 +199,7 @@ def test_raw_disks_alone_are_read_whole_and_stored_where_they_differ(backups: Ma
     assert second.disks[0].bytes <= 9 * BLOCK
 
 
+@pytest.mark.each_release
 def test_after_a_crash_only_what_differs_is_stored(backups: MakeBackups) -> None:
     vm = backups(DiskSpec("vda"))
     vm.scatter(1)

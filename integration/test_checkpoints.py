@@ -75,6 +75,7 @@ def scene(shared: tuple[str, Machine], tmp_path: Path) -> Iterator[Scene]:
     wipe(machine)
 
 
+@pytest.mark.each_release
 def test_diff_is_what_was_written_for_every_pair_and_after_deletions(scene: Scene) -> None:
     for name in NAMES:
         scene.timeline.scatter()
@@ -144,6 +145,7 @@ def test_children_go_with_their_bitmaps(scene: Scene) -> None:
     assert not scene.domain.has_current()
 
 
+@pytest.mark.each_release
 def test_deleted_metadata_leaves_bitmaps_and_the_rest_exact(scene: Scene) -> None:
     for at, name in enumerate(NAMES[:3]):
         scene.create(name)

@@ -21,6 +21,7 @@ def guest(local: Stand) -> Iterator[Guest]:
         yield guest
 
 
+@pytest.mark.each_release
 def test_diff_is_exactly_what_the_guest_wrote_between_checkpoints(
     guest: Guest, tmp_path: Path
 ) -> None:

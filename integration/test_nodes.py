@@ -20,6 +20,7 @@ from integration.evidence import DISKS, Timeline, bitmaps, domain_of, known
 from integration.stand import MIB, Machine, rounded
 
 
+@pytest.mark.each_release
 def test_no_detection_is_run_on_blockdev(
     make_vm: MakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

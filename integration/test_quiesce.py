@@ -71,6 +71,7 @@ def scene(local: Stand, make_vm: MakeMachine, tmp_path: Path) -> Iterator[Scene]
         wipe(machine)
 
 
+@pytest.mark.each_release
 @pytest.mark.parametrize("engine", MOMENTS)
 def test_frozen_for_the_instant_and_for_nothing_else(
     engine: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
@@ -113,6 +114,7 @@ def test_an_agent_that_is_slow_is_not_waited_for_and_is_thawed(scene: Scene) -> 
     assert scene.agent.commands[-1] == "thaw"
 
 
+@pytest.mark.each_release
 def test_an_agent_that_dies_after_it_has_frozen(scene: Scene) -> None:
     """Nobody can thaw any more: no checkpoint, and the user is told."""
     original = scene.domain().adapter  # looked up before
@@ -122,6 +124,7 @@ def test_an_agent_that_dies_after_it_has_frozen(scene: Scene) -> None:
     assert "domfsthaw" in str(error.hint)
 
 
+@pytest.mark.each_release
 def test_a_thaw_that_fails_is_tried_again(scene: Scene) -> None:
     refusals = [Refused("busy"), Refused("busy")]
 

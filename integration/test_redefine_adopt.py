@@ -83,6 +83,7 @@ def test_redefining_a_known_checkpoint_changes_its_description_alone(
         domain.redefine(document.replace("checkpoint='bitmap' bitmap='c1'", "checkpoint='no'", 1))
 
 
+@pytest.mark.each_release
 def test_validation_refuses_a_checkpoint_whose_bitmap_is_gone(
     make_vm: MakeMachine, tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_adopted_from_virsh(daemon: Daemon, make_vm_on: MakeMachine, tmp_path: P
     assert domain.adopt() == ()
 
 
+@pytest.mark.each_release
 def test_adopted_from_plain_libvirt_calls_between_our_own(
     make_vm: MakeMachine, tmp_path: Path
 ) -> None:

@@ -165,6 +165,7 @@ def test_the_line_that_was_left_stays_in_the_tree_with_what_is_known_of_it(
     small_and_right(tracked, "thursday", "wednesday")
 
 
+@pytest.mark.each_release
 def test_one_disk_is_restored_and_the_others_go_on(tracked: Backups) -> None:
     machine = tracked.machine
     with tracked.domain() as domain:
@@ -418,6 +419,7 @@ def halfway_fixture(tracked: Backups, monkeypatch: pytest.MonkeyPatch) -> Backup
     return tracked
 
 
+@pytest.mark.each_release
 def test_a_restore_that_was_interrupted_is_completed(halfway: Backups) -> None:
     assert changed(halfway, "monday") == {"vda": 0, "vdb": 0}
     for target in ("vda", "vdb"):

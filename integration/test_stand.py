@@ -71,6 +71,7 @@ def test_writes_reach_every_kind_of_disk_paused_running_and_stopped(
     assert vm.writes["vda"] == [(MIB + 512, 1024), (2 * MIB, MIB), (4 * MIB, 512)]
 
 
+@pytest.mark.each_release
 def test_contents_of_a_running_disk_are_what_was_written(make_vm: MakeMachine) -> None:
     vm = make_vm([DiskSpec(backing=("qcow2",))])
     vm.write("vda", 5 * MIB, 70_144, 0x7E)
@@ -79,6 +80,7 @@ def test_contents_of_a_running_disk_are_what_was_written(make_vm: MakeMachine) -
     assert vm.contents("vda") == expected
 
 
+@pytest.mark.each_release
 def test_a_bitmap_of_libvirt_counts_the_granules_written(
     stand: Stand, make_vm_on: MakeMachine
 ) -> None:

@@ -102,7 +102,7 @@ class Tracked:
 
 def fitting(stack: Stack) -> EngineName:
     """The engine that has to be chosen for a running domain."""
-    return MONITOR if stack.kind == "debian11" else LIBVIRT
+    return stack.release.engine
 
 
 def check_history(tracked: Tracked, *names: str) -> None:

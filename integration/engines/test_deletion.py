@@ -13,6 +13,7 @@ from integration.stand import MIB, Machine, Stand
 from .driver import DISKS, LIBVIRT, MONITOR, OFFLINE, Driver, extents, holding, snapshot
 
 
+@pytest.mark.each_release
 def test_a_deleted_checkpoint_leaves_the_others_alone(driver: Driver) -> None:
     driver.create("c0")
     driver.create("c1", "c0")
@@ -23,6 +24,7 @@ def test_a_deleted_checkpoint_leaves_the_others_alone(driver: Driver) -> None:
     assert extents(driver.read("c2").maps)["vda"] == [(MIB, MIB)]
 
 
+@pytest.mark.each_release
 def test_delete_reaches_through_the_backing_chain(running: Driver) -> None:
     machine = running.machine
     if running.name is MONITOR:
@@ -46,6 +48,7 @@ def nodes(machine: Machine) -> dict[str, tuple[Any, ...]]:
     }
 
 
+@pytest.mark.each_release
 def test_an_offline_delete_reaches_through_the_backing_chain(
     stand: Stand, make_vm_on: MakeMachine
 ) -> None:

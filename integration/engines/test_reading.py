@@ -31,6 +31,7 @@ from .driver import (
 )
 
 
+@pytest.mark.each_release
 def test_every_interval_is_what_was_written_in_it(driver: Driver) -> None:
     machine, writes = driver.machine, Writes(driver.machine)
     for target in GRANULARITY:
@@ -60,6 +61,7 @@ def test_a_clean_interval_is_known_to_be_clean(driver: Driver) -> None:
     assert all(found.is_empty for found in maps.values())
 
 
+@pytest.mark.each_release
 def test_nothing_but_the_checkpoints_bitmaps_is_left(driver: Driver) -> None:
     driver.create("c0")
     driver.create("c1", "c0")
@@ -72,6 +74,7 @@ def test_nothing_but_the_checkpoints_bitmaps_is_left(driver: Driver) -> None:
     assert not list(driver.scratch.glob("*.scratch"))
 
 
+@pytest.mark.each_release
 def test_bitmaps_are_what_libvirts_own_are(stand: Stand, make_vm_on: MakeMachine) -> None:
     machine = make_vm_on(stand, DISKS[:1])
     driver = Driver(machine, MONITOR)
@@ -81,6 +84,7 @@ def test_bitmaps_are_what_libvirts_own_are(stand: Stand, make_vm_on: MakeMachine
     assert {**own, "name": None} == {**ours, "name": None}
 
 
+@pytest.mark.each_release
 @pytest.mark.parametrize("engine", [MONITOR, OFFLINE])
 def test_libvirt_takes_over_what_the_other_engines_made(
     engine: EngineName, stand: Stand, make_vm_on: MakeMachine
@@ -97,6 +101,7 @@ def test_libvirt_takes_over_what_the_other_engines_made(
     assert extents(driver.create("c1", "c0").maps) == {"vda": [(3 * MIB, MIB)], "vdb": []}
 
 
+@pytest.mark.each_release
 def test_an_interval_is_whole_across_an_external_snapshot(running: Driver) -> None:
     machine, writes = running.machine, Writes(running.machine)
     if running.name is MONITOR:

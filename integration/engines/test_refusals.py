@@ -84,6 +84,7 @@ def test_a_bitmap_of_the_name_belongs_to_somebody_else_and_stays(running: Driver
     assert "c1" not in running.known()
 
 
+@pytest.mark.each_release
 def test_a_bitmap_that_vanished_is_broken_and_not_clean(running: Driver) -> None:
     running.create("c0")
     plan, machine = running.create_plan("c1", "c0"), running.machine
@@ -117,6 +118,7 @@ def test_an_image_in_use_elsewhere_leaves_every_image_unchanged(
     assert {path: path.read_bytes() for path in driver.machine.images.values()} == before
 
 
+@pytest.mark.each_release
 def test_the_image_of_a_running_machine_is_in_use(stand: Stand, make_vm_on: MakeMachine) -> None:
     machine = make_vm_on(stand, DISKS[:1])
     image = str(machine.images["vda"])

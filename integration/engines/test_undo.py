@@ -23,6 +23,7 @@ from integration.stand import MIB, Daemon, Stand
 from .driver import DISKS, LIBVIRT, MONITOR, Driver, extents
 
 
+@pytest.mark.each_release
 def test_a_create_that_stopped_after_any_step_can_be_taken_back(driver: Driver) -> None:
     tell = driver.name is not LIBVIRT
     driver.create("c0", tell=tell)
@@ -77,6 +78,7 @@ def test_undo_removes_bitmaps_that_libvirt_has_no_metadata_of(
     assert driver.known() == set()
 
 
+@pytest.mark.each_release
 def test_undo_does_not_change_what_libvirt_takes_for_current(
     stand: Stand, make_vm_on: MakeMachine
 ) -> None:

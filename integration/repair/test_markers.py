@@ -32,6 +32,7 @@ def test_a_marker_that_is_not_what_the_store_says(
     scene.heals(code, first=False)  # a diff would set it
 
 
+@pytest.mark.each_release
 def test_a_marker_of_checkpoints_that_the_store_does_not_have(
     make_vm: MakeMachine, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def test_a_domain_without_checkpoints_is_consistent_and_gets_no_store(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.each_release
 def test_without_the_monitor_a_domain_is_not_tainted(make_vm: MakeMachine, tmp_path: Path) -> None:
     """With --engine libvirt, check and repair use libvirt's own calls alone."""
     machine = make_vm([DiskSpec("vda"), DiskSpec("vdb")])

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from ckptmgr.checkpoint import EngineName
 from integration.stand import StandError
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -49,17 +50,21 @@ TIMEOUT = 1200
 
 @dataclass(frozen=True)
 class Release:
-    """A release of Debian; `libvirt` and `qemu` are the versions that it has."""
+    """A release of Debian; `libvirt` and `qemu` are the versions that it has.
+
+    engine -- that ckptmgr has to choose for a running domain there
+    """
 
     suite: str
     libvirt: str
     qemu: str
+    engine: EngineName
 
 
 RELEASES: Mapping[str, Release] = {
-    "debian11": Release("bullseye", "7.0", "5.2"),
-    "debian12": Release("bookworm", "9.0", "7.2"),
-    "debian13": Release("trixie", "11.3", "10.0"),
+    "debian11": Release("bullseye", "7.0", "5.2", EngineName.MONITOR),
+    "debian12": Release("bookworm", "9.0", "7.2", EngineName.LIBVIRT),
+    "debian13": Release("trixie", "11.3", "10.0", EngineName.LIBVIRT),
 }
 
 

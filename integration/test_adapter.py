@@ -412,8 +412,7 @@ def test_what_the_xml_tells_does_not_touch_the_monitor(
 def test_support_is_decided_for_the_domain(make_vm: MakeMachine) -> None:
     vm = make_vm()
     assert adapt(vm).backup_support()[0] == has_checkpoints(vm)
-    change = "<qemu:del capability='incremental-backup'/>"
-    without = make_vm(elements=f"<qemu:capabilities>{change}</qemu:capabilities>")
+    without = make_vm(capabilities="<qemu:del capability='incremental-backup'/>")
     supported, reason = adapt(without).backup_support()
     assert not supported
     assert "incremental-backup" in reason

@@ -29,10 +29,9 @@ EVERY_BUS = (
 
 
 def capabilities(*, add: str = "", remove: str = "") -> str:
-    """A domain's element that adds or removes a capability of QEMU, as libvirt sees it."""
+    """What adds or removes a capability of QEMU, as libvirt sees it, for one domain."""
     changes = [("add", add), ("del", remove)]
-    inner = "".join(f"<qemu:{verb} capability='{name}'/>" for verb, name in changes if name)
-    return f"<qemu:capabilities>{inner}</qemu:capabilities>"
+    return "".join(f"<qemu:{verb} capability='{name}'/>" for verb, name in changes if name)
 
 
 @pytest.fixture
@@ -93,8 +92,8 @@ def with_every_bus(started: str, stacks: Stacks, make_vm_on: MakeMachine) -> Mac
         subprocess.run([*create, str(image)], check=True)
         bus = "sata" if target == "sdc" else "virtio"
         overlays.append(DiskSpec(target, image=image, bus=bus))
-    elements = capabilities(remove="blockdev") if how == "-drive" else ""
-    return make_vm_on(stack, (*EVERY_BUS, *overlays), elements=elements)
+    changes = capabilities(remove="blockdev") if how == "-drive" else ""
+    return make_vm_on(stack, (*EVERY_BUS, *overlays), capabilities=changes)
 
 
 def check_nodes(tracked: Tracked) -> None:
@@ -219,8 +218,8 @@ def test_a_capability_added_by_the_domain_counts_on_blockdev_only(
     cell: Cell,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    elements = capabilities(add="incremental-backup", remove=removed)
-    machine = make_vm_on(debian11, EVERY_BUS, elements=elements)
+    changes = capabilities(add="incremental-backup", remove=removed)
+    machine = make_vm_on(debian11, EVERY_BUS, capabilities=changes)
     tracked = Tracked(debian11, machine)
     cell.of(stack=f"debian11 {'-drive' if removed else '-blockdev'}")
     cell.chose(engine)

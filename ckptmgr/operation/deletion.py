@@ -47,28 +47,33 @@ class Request:
 def delete(session: Session, request: Request) -> tuple[str, ...]:
     """Delete checkpoints.  See Domain.delete."""
     with session.locked() as loaded:
-        deletion = loaded.history.deletion(_names(loaded.history, request))
-        if not deletion.removed:
-            return ()
-        # Everything that can be refused is refused here.
-        check_recorder(loaded.history, deletion)
-        for name in deletion.removed:
-            _plan(session, loaded.history, loaded.history.get(name), request.metadata)
-        engine = session.choice.engine
-        session.store.write_intent(
-            Intent("delete", deletion.removed, engine.value, {"metadata": request.metadata})
-        )
-        try:
-            finish(session, loaded, deletion.removed, metadata=request.metadata)
-        except (ConnectionFailed, StoreFailed) as error:
-            # Some of it may be gone on one side alone.
-            error.hint = f"{error.hint or 'try again'}; the next command completes the deletion"
-            raise
-        except CkptmgrError:
-            # What was deleted is gone on both sides; the rest is as it was.
-            session.store.clear_intent()
-            raise
-        return tuple(reversed(deletion.removed))
+        return delete_under_lock(session, loaded, request)
+
+
+def delete_under_lock(session: Session, loaded: Loaded, request: Request) -> tuple[str, ...]:
+    """Delete checkpoints; the lock is held."""
+    deletion = loaded.history.deletion(_names(loaded.history, request))
+    if not deletion.removed:
+        return ()
+    # Everything that can be refused is refused here.
+    check_recorder(loaded.history, deletion)
+    for name in deletion.removed:
+        _plan(session, loaded.history, loaded.history.get(name), request.metadata)
+    engine = session.choice.engine
+    session.store.write_intent(
+        Intent("delete", deletion.removed, engine.value, {"metadata": request.metadata})
+    )
+    try:
+        finish(session, loaded, deletion.removed, metadata=request.metadata)
+    except (ConnectionFailed, StoreFailed) as error:
+        # Some of it may be gone on one side alone.
+        error.hint = f"{error.hint or 'try again'}; the next command completes the deletion"
+        raise
+    except CkptmgrError:
+        # What was deleted is gone on both sides; the rest is as it was.
+        session.store.clear_intent()
+        raise
+    return tuple(reversed(deletion.removed))
 
 
 def plan_delete(session: Session, request: Request) -> Plan:

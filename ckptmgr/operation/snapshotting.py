@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from ..branch import resolve
 from ..domain import snapshots
 from ..domain.power import is_running, state
-from ..errors import InvalidRequest
+from ..errors import CkptmgrError, ConnectionFailed, InvalidRequest
 from ..plan.steps import Direct, Plan, Step
 from ..snapshot import Snapshot, check_snapshot_name, format_snapshot
 from ..views import ListView, PlaceView, SnapshotView
-from . import creation, noticing, preparation
+from . import creation, deletion, noticing, preparation
 from .pausing import go_on, stand_still
 from .session import Session
 
@@ -47,15 +47,30 @@ def create(session: Session, request: Request) -> SnapshotView:
         try:
             if resumes:
                 loaded = stand_still(session, loaded)
+            made = None
             if request.checkpoint:
-                creation.create_under_lock(session, loaded, _with_checkpoint(request))
-            name = snapshots.create(session.adapter, document, disk_only=request.disk_only)
+                made = creation.create_under_lock(session, loaded, _with_checkpoint(request)).name
+            try:
+                name = snapshots.create(session.adapter, document, disk_only=request.disk_only)
+            except CkptmgrError as error:
+                if made is not None and not isinstance(error, ConnectionFailed):
+                    _take_back(session.renewed(), made)
+                raise
             if resumes:
                 snapshots.record_as_running(session.adapter, name)
         finally:
             loaded = go_on(session, session.loaded())
         found = snapshots.snapshot(session.adapter, name)
         return _view(session, found, resolve(loaded.history, loaded.record.moved, found.checkpoint))
+
+
+def _take_back(session: Session, checkpoint: str) -> None:
+    """Delete the checkpoint that was made for a snapshot, which could not be taken."""
+    request = deletion.Request(checkpoint, children=False, children_only=False, metadata=False)
+    try:
+        deletion.delete_under_lock(session, session.loaded(), request)
+    except CkptmgrError as error:
+        log.warning("checkpoint %s, made for the snapshot, stays: %s", checkpoint, error)
 
 
 def plan_create(session: Session, request: Request) -> Plan:

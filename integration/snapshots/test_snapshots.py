@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ckptmgr.errors import InvalidRequest, NoSnapshot, OperationFailed, Unsupported
+from ckptmgr.errors import CkptmgrError, InvalidRequest, NoSnapshot, OperationFailed, Unsupported
 from integration.branch_model import Branches
-from integration.evidence import unchanged
+from integration.evidence import bitmaps, unchanged
 from integration.stacks.table import Cell
 
 from .scene import SNAPSHOTS, MakeBranches, goes_on, own, sound, unnamed
@@ -112,3 +112,21 @@ def test_a_file_for_the_memory_is_not_written_over(make: MakeBranches, tmp_path:
     scene.machine.stop()
     with pytest.raises(InvalidRequest, match="does not run"):
         scene.domain.create_snapshot("s1", memory=str(tmp_path / "new"))
+
+
+@own
+def test_a_snapshot_that_cannot_be_taken_leaves_no_checkpoint(
+    make: MakeBranches, tmp_path: Path
+) -> None:
+    scene = make(state="running")
+    nowhere = str(tmp_path / "no" / "such" / "folder")
+    for before in (["c1"], ["c1", "c2"]):
+        scene.create(before[-1])
+        scene.scatter(len(before))
+        there = set(bitmaps(scene.machine))
+        with pytest.raises(CkptmgrError, match="taking the snapshot failed"):
+            scene.domain.create_snapshot("s1", checkpoint=True, memory=nowhere)
+        assert [each.name for each in scene.domain.checkpoints().checkpoints] == before
+        assert set(bitmaps(scene.machine)) == there
+        assert scene.state() == "running"
+    sound(scene)

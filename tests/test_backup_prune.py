@@ -149,6 +149,22 @@ def test_the_newest_point_of_a_disk_that_later_ones_left_out_stays() -> None:
     }
 
 
+def test_a_clock_that_was_put_back_does_not_cost_the_newest_point() -> None:
+    """The host's clock was two hours ahead when `mo` and `tu` were made."""
+    some = points(
+        manifest("mo", created=NOON + 2 * HOUR),
+        manifest("tu", "mo", created=NOON + 2 * HOUR + 60),
+        manifest("we", "tu", created=NOON),
+        manifest("th", "we", created=NOON + 60),
+    )
+    assert some.by_time() == ("mo", "tu", "we", "th")
+    assert staying(some, None, Retention(last=1), utc) == {"th": ("newest", "last")}
+    assert staying(some, None, Retention(hourly=2), utc) == {
+        "tu": ("hourly",),
+        "th": ("newest", "hourly"),
+    }
+
+
 def test_broken_points_stay_and_do_not_count() -> None:
     left = WEEK.only({"mo", "tu", "th", "fr"})
     found = staying(left, None, Retention(last=1), utc)

@@ -74,9 +74,18 @@ class Points:
         return self._tree.order
 
     def by_time(self) -> tuple[str, ...]:
-        """All of them, oldest first; those of one second with parents before their children."""
-        place = {name: number for number, name in enumerate(self.topological())}
-        return tuple(sorted(place, key=lambda name: (self.get(name).created, place[name])))
+        """All of them, oldest first.
+
+        None comes before its parent, though its time may: the clock of the host may have been put
+        back between the two.
+        """
+        times: dict[str, int] = {}
+        for name in self.topological():
+            parent = self.parent(name)
+            created = self.get(name).created
+            times[name] = created if parent is None else max(created, times[parent])
+        # They are in topological order, which sorting leaves to those of one time.
+        return tuple(sorted(times, key=lambda name: times[name]))
 
     def newest(self, domain: str | None = None) -> str | None:
         """The point that was made last; of the domain with that name or UUID only."""

@@ -61,8 +61,8 @@ from ..store import Intent, Loaded, files
 from ..tails import left_at
 from ..xml import parse
 from . import archive, difference, preparation, projection
+from .leaving import keep_tails
 from .naming import free_name
-from .reversion import keep_tails
 from .session import Session
 from .tracking import grown, restored_disk, untracked_disk, with_maps
 

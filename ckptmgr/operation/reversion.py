@@ -19,31 +19,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from ..align import align_disks
-from ..branch import Tails, resolve, reverted_interval, ways_out
+from ..branch import resolve
 from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
-from ..dirtymap import DirtyMap
 from ..document import format_libvirt
 from ..domain import snapshots
-from ..domain.disk import DiskLayers
 from ..domain.power import Standstill, is_running, standstill
-from ..errors import BitmapBroken, CkptmgrError, Unsupported
+from ..errors import CkptmgrError, Unsupported
 from ..history import History
 from ..plan.steps import Direct, Plan, Step
 from ..snapshot import Kind, Snapshot
 from ..store import Intent, Loaded
-from ..tails import join_maps, left_at
-from ..trust import doubt
+from ..tails import left_at
 from . import archive, creation
-from .difference import read_bitmaps
+from .leaving import going_on, keep_tails, since_parent, trackers_of
 from .naming import free_name
 from .pausing import go_on, stand_still
 from .refusal import refuse
-from .returning import read, removal, returning, unsure
+from .returning import removal, returning, unsure
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
@@ -90,7 +87,7 @@ def plan_revert(session: Session, request: Request) -> Plan:
     steps: list[Step] = []
     if session.active and is_running(session.adapter):
         steps.append(Direct("libvirt: pause the domain"))
-    trackers = _trackers(history, (disk.target for disk in session.disks))
+    trackers = trackers_of(history, (disk.target for disk in session.disks))
     if trackers:
         shown = ", ".join(f"{target} since {name}" for target, name in trackers.items())
         steps.append(Direct(f"keep what was written: {shown}"))
@@ -143,9 +140,9 @@ def _intent(
     targets = (*(disk.target for disk in session.disks), *(image.target for image in images))
     for target in dict.fromkeys(targets):
         if target in staying:
-            interval = _of_present_line(history, tails, target)
+            interval = going_on(history, tails, target)
         else:
-            interval = _of_snapshot(session, loaded, tails, target, parent)
+            interval = since_parent(session, loaded, tails, target, parent)
         if interval is not None and target in doubtful:
             interval = Interval(interval.since, None, "its base may have been written meanwhile")
         if interval is not None:
@@ -175,33 +172,6 @@ def _intent(
     )
 
 
-def _of_snapshot(
-    session: Session, loaded: Loaded, tails: Tails, target: str, parent: str | None
-) -> Interval | None:
-    """What lies between the snapshot's checkpoint and the snapshot, for a disk that goes back."""
-    if parent is None:
-        return None
-    history = loaded.history
-    ways = ways_out(history, loaded.record.tails, target, parent)
-    digest = None
-    if ways is not None and ways.unknown is None:
-        maps = list(ways.maps)
-        if ways.live:
-            last = tails.get(ways.since, {}).get(target)
-            maps = [] if last is None else [*maps, last]
-        digest = join_maps(session.store, maps) if maps else None
-    return reverted_interval(ways, digest)
-
-
-def _of_present_line(history: History, tails: Tails, target: str) -> Interval | None:
-    """The open interval of a disk that the snapshot leaves alone: it goes on as it is."""
-    since = None if history.current is None else history.tracker(target, history.current)
-    if since is None:
-        return None
-    digest = tails.get(since, {}).get(target)
-    return Interval(since, digest, None if digest else "its bitmap could not be read")
-
-
 def _stamps(session: Session) -> dict[str, list[int]]:
     """When the images of a domain that does not run were last changed, and their sizes."""
     if session.active:
@@ -225,63 +195,6 @@ def _document(session: Session, name: str) -> str:
         if disk.bitmap is not None and disk.persistent
     )
     return format_libvirt(Checkpoint(name, 1, None, session.choice.engine, disks))
-
-
-def _trackers(history: History, targets: Iterable[str]) -> dict[str, str]:
-    """Of each disk the newest checkpoint of the current line that tracks it."""
-    if history.current is None:
-        return {}
-    return {
-        target: name
-        for target in targets
-        if (name := history.tracker(target, history.current)) is not None
-    }
-
-
-def keep_tails(
-    session: Session, history: History, images: Iterable[DiskLayers]
-) -> dict[str, dict[str, str | None]]:
-    """What was written since each disk's newest checkpoint, kept in the store.
-
-    images -- those that come back
-    """
-    present = [disk.target for disk in session.disks]
-    trackers = _trackers(history, present)
-    maps = _read(session, history, trackers)
-    gone = {image.target: image for image in images if image.target not in present}
-    for target, name in _trackers(history, gone).items():
-        trackers[target] = name
-        dirty = read(session, history, gone[target], name)
-        if dirty is not None:
-            maps[target] = dirty
-    tails: dict[str, dict[str, str | None]] = {}
-    for target, name in trackers.items():
-        dirty, recorded = maps.get(target), history.get(name).disk(target)
-        digest = None
-        if dirty is not None and recorded is not None:
-            digest = session.store.save_map(dirty.grown_from(recorded.size))
-        tails.setdefault(name, {})[target] = digest
-    return tails
-
-
-def _read(session: Session, history: History, trackers: Mapping[str, str]) -> dict[str, DirtyMap]:
-    """The bitmaps of `trackers` that can be read; a broken one costs its disk alone."""
-    wanted = {
-        target: name
-        for target, name in trackers.items()
-        if (disk := history.get(name).disk(target)) is not None
-        and disk.state is State.RECORDING
-        and doubt(disk, session.disks) is None
-    }
-    while wanted:
-        try:
-            return dict(read_bitmaps(session, history, wanted))
-        except BitmapBroken as error:
-            if error.disk not in wanted:
-                raise
-            log.warning("what changed on %s lately is lost: %s", error.disk, error)
-            del wanted[error.disk]
-    return {}
 
 
 def _go_back(session: Session, intent: Intent) -> Checkpoint:

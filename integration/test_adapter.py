@@ -490,7 +490,7 @@ def test_without_an_agent_nothing_is_frozen_and_the_block_not_run(
     make_vm: MakeMachine, devices: str, state: str, message: str
 ) -> None:
     adapter = adapt(make_vm(devices=devices, state=state))
-    with pytest.raises(GuestAgentFailed, match=message), adapter.frozen(1):
+    with pytest.raises(GuestAgentFailed, match=message), adapter.agent.frozen(1):
         pytest.fail("the block must not run")
 
 

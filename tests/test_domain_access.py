@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ckptmgr.checkpoint import NAME_PATTERN
 from ckptmgr.config import Driver
-from ckptmgr.domain.agent import frozen
 from ckptmgr.domain.connection import Location, parse_uri
 from ckptmgr.domain.failure import classify, ours
+from ckptmgr.domain.freezing import frozen
 from ckptmgr.domain.marker import Marker, format_marker, parse_marker
 from ckptmgr.domain.monitor import CommandFailed, parse_answer
 from ckptmgr.errors import (

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..config import Driver
-from ..errors import CkptmgrError, GuestAgentFailed, NodeUnknown, OperationFailed, Unsupported
-from ..xml import parse
-from . import agent, folders, images, nodes, support, thawing
+from ..errors import NodeUnknown, OperationFailed, Unsupported
+from . import folders, nodes, support
+from .agent import GuestAgent
 from .binding import libvirt
 from .bitmaps import parse_layers
 from .chain import read_chain
 from .connection import Connection
 from .definition import without_secrets
-from .disk import Disk, DiskLayers, Image, Layer
+from .details import described, located
+from .disk import Disk, DiskLayers, Layer
 from .disks import parse_capabilities, parse_disks
 from .failure import translate
 from .marker import Marker, read_marker, write_marker
@@ -31,10 +30,6 @@ log = logging.getLogger("ckptmgr")
 IN_PLACE = 8_000_000
 """libvirts before that load a snapshot into the QEMU that runs, if they can."""
 
-_AGENT_CHANNEL = "org.qemu.guest_agent.0"
-# VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK: what libvirt starts every domain with.
-_AGENT_WAITS = -2
-
 
 class DomainAdapter:
     """One domain: what it has and what it says; nothing is decided here.
@@ -43,12 +38,14 @@ class DomainAdapter:
 
     handle -- the virDomain
     connection -- the connection it was looked up on
+    monitor, agent -- QEMU's monitor and the guest's agent
     """
 
     def __init__(self, connection: Connection, handle: Any) -> None:
         self.connection = connection
         self.handle = handle
         self.monitor = Monitor(handle, self.name, self.uuid)
+        self.agent = GuestAgent(connection, handle)
 
     @classmethod
     def find(cls, connection: Connection, key: str) -> Self:
@@ -127,62 +124,7 @@ class DomainAdapter:
         """
         active = self.active()
         disks = parse_disks(description or self.description())
-        return tuple(self._filled(disk, active) for disk in disks)
-
-    def _filled(self, disk: Disk, active: bool) -> Disk:
-        if disk.empty:
-            return disk
-        disk = replace(disk, chain=tuple(self._resolved(image) for image in disk.chain))
-        if self.connection.local:
-            if not active and not disk.chain_known:
-                disk = self._with_chain(disk)
-            disk = replace(disk, chain=tuple(images.described(image) for image in disk.chain))
-            disk = replace(disk, size=disk.top.size)
-        if disk.size is None:
-            disk = replace(disk, size=self._capacity(disk))
-        return disk
-
-    def _resolved(self, image: Image) -> Image:
-        """A volume with the path that its pool gives it."""
-        if image.type != "volume" or image.path is not None:
-            return image
-        pool, _, volume = image.source.removeprefix("volume:").partition("/")
-        try:
-            path = (
-                self.connection.handle.storagePoolLookupByName(pool)
-                .storageVolLookupByName(volume)
-                .path()
-            )
-        except libvirt.libvirtError as error:
-            log.info("volume %s of pool %s has no path: %s", volume, pool, error)
-            return image
-        return replace(image, path=path) if path.startswith("/") else image
-
-    def _with_chain(self, disk: Disk) -> Disk:
-        """The disk of an inactive domain with the backing chain that its image names."""
-        top = disk.top
-        if top.path is None or top.format is None:
-            return disk
-        try:
-            if top.format == "qcow2":
-                header = images.read_header(top.path)
-                if header is not None and header.backing_file is None:
-                    return replace(disk, chain_known=True)
-            layers = read_chain(top.path, top.format)
-        except (OSError, OperationFailed) as error:
-            log.info("disk %s: the backing chain is not known: %s", disk.target, error)
-            return disk
-        below = tuple(_image(layer) for layer in layers[len(disk.chain) :])
-        return replace(disk, chain=disk.chain + below, chain_known=True)
-
-    def _capacity(self, disk: Disk) -> int | None:
-        try:
-            capacity: int = self.handle.blockInfo(disk.target)[0]
-        except libvirt.libvirtError as error:
-            log.info("disk %s: the size is not known: %s", disk.target, error)
-            return None
-        # libvirt says 0 where it could not ask (an inactive domain's network disk).
-        return capacity or None
+        return tuple(described(disk, self.handle, self.connection, active=active) for disk in disks)
 
     # --- blockdev, nodes and bitmaps ---------------------------------------------------------
 
@@ -251,7 +193,7 @@ class DomainAdapter:
     def _with_paths(self) -> tuple[Disk, ...]:
         """The live disks, without asking their images."""
         return tuple(
-            replace(disk, chain=tuple(self._resolved(image) for image in disk.chain))
+            replace(disk, chain=tuple(located(image, self.connection) for image in disk.chain))
             for disk in parse_disks(self._xml())
         )
 
@@ -317,7 +259,7 @@ class DomainAdapter:
             error.message = f"domain {self.name!r}: {error.message}"
             raise
 
-    # --- marker, agent, folders --------------------------------------------------------------
+    # --- marker, folders ---------------------------------------------------------------------
 
     def marker(self) -> Marker | None:
         """The marker in the domain's metadata, None if there is none.
@@ -338,93 +280,6 @@ class DomainAdapter:
         """Set the marker, live and in the configuration as the domain has them; None removes."""
         write_marker(self.handle, self.name, marker)
 
-    @contextmanager
-    def frozen(self, timeout: float) -> Iterator[None]:
-        """Run the block with the guest's file systems frozen.  See `agent.frozen`.
-
-        timeout -- seconds that freezing may take, and that the file systems may stay frozen
-
-        Raises GuestAgentFailed.  It sets the domain's agent timeout, and then libvirt's default.
-        If this process is killed meanwhile, another one thaws them, but for the embedded driver,
-        which no other process can use.
-        """
-        self._require_agent()
-        seconds = max(1, math.ceil(timeout))
-
-        def freeze() -> None:
-            with translate("freezing the file systems", self.name):
-                self.handle.fsFreeze()
-
-        def thaw() -> None:
-            with translate("thawing the file systems", self.name):
-                self.handle.fsThaw()
-
-        with translate("setting the agent's timeout", self.name):
-            self.handle.agentSetResponseTimeout(seconds)
-        try:
-            with (
-                self._guarded(timeout),
-                agent.frozen(freeze, thaw, domain=self.name, timeout=timeout),
-            ):
-                yield
-        finally:
-            self._agent_waits_again()
-
-    def _guarded(self, timeout: float) -> AbstractContextManager[None]:
-        if self.connection.driver is Driver.EMBEDDED:
-            return nullcontext()
-        return thawing.guarded(self.connection.uri, self.uuid, timeout)
-
-    def thaw(self, timeout: float) -> None:
-        """Thaw the guest's file systems, frozen or not, if its agent is there.
-
-        timeout -- seconds that the agent may take
-
-        Raises OperationFailed.
-        """
-        if not self.active() or not self.has_agent():
-            return
-        with translate("thawing the file systems", self.name):
-            self.handle.agentSetResponseTimeout(max(1, math.ceil(timeout)))
-            try:
-                self.handle.fsThaw()
-            finally:
-                self._agent_waits_again()
-
-    def _agent_waits_again(self) -> None:
-        """Best effort, and nothing is lost without it: must not hide what went before."""
-        try:
-            with translate("resetting the agent's timeout", self.name):
-                self.handle.agentSetResponseTimeout(_AGENT_WAITS)
-        except CkptmgrError as error:
-            log.info("%s", error)
-
-    def has_agent(self) -> bool:
-        """Whether the running domain's guest agent is connected."""
-        root = parse(self._xml(), what="the domain's XML")
-        channels = root.iterfind("devices/channel/target")
-        return any(
-            target.get("name") == _AGENT_CHANNEL and target.get("state") == "connected"
-            for target in channels
-        )
-
-    def _require_agent(self) -> None:
-        hint = "install and start qemu-guest-agent in the guest, or leave --quiesce out"
-        if not self.active():
-            raise GuestAgentFailed(f"domain {self.name!r} is not running: nothing to freeze")
-        root = parse(self._xml(), what="the domain's XML")
-        for target in root.iterfind("devices/channel/target"):
-            if target.get("name") == _AGENT_CHANNEL:
-                if target.get("state") == "connected":
-                    return
-                raise GuestAgentFailed(
-                    f"the guest agent of domain {self.name!r} is not connected", hint=hint
-                )
-        raise GuestAgentFailed(
-            f"domain {self.name!r} has no guest agent channel ({_AGENT_CHANNEL})",
-            hint="add the channel to the domain; " + hint,
-        )
-
     def runtime_directory(self, override: Path | None = None) -> Path:
         """The folder where this domain's QEMU may bind a unix socket that we can connect to.
 
@@ -444,7 +299,7 @@ class DomainAdapter:
             )
         hint = "set socket_directory in ckptmgr.toml to a folder that QEMU may write"
         if override is not None:
-            return self._accessible(override, hint)
+            return folders.accessible(override, self.name, hint)
         if self.connection.location.socket is not None:
             raise Unsupported(
                 f"{self.connection.uri} names a socket of its own, so it cannot be told where that "
@@ -457,35 +312,7 @@ class DomainAdapter:
             number = self.connection.handle.lookupByUUIDString(self.uuid).ID()
         location = self.connection.location
         base = folders.library(location.driver, location.root)
-        try:
-            found = [
-                entry for entry in base.iterdir() if entry.name.startswith(f"domain-{number}-")
-            ]
-        except OSError as error:
-            raise Unsupported(f"{base} cannot be read: {error.strerror}", hint=hint) from error
-        if len(found) != 1:
-            raise Unsupported(f"{base} has no folder of domain {self.name!r}", hint=hint)
-        return self._accessible(found[0], hint)
-
-    def _accessible(self, folder: Path, hint: str) -> Path:
-        if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
-            raise Unsupported(
-                f"{folder}, for sockets of domain {self.name!r}, is no folder that can be entered",
-                hint=hint,
-            )
-        return folder
-
-
-def _image(layer: Layer) -> Image:
-    """A layer that qemu-img found, as an image of a chain."""
-    path = nodes.local_path(layer.image)
-    kind = "file" if path is None or not Path(path).is_block_device() else "block"
-    return Image(
-        type="network" if path is None else kind,
-        source=path or layer.image,
-        path=path,
-        format=layer.format,
-    )
+        return folders.of_domain(base, number, self.name, hint)
 
 
 def _same_file(one: str, other: str) -> bool:

@@ -1,110 +1,131 @@
-"""Freezing a guest's file systems for an instant, through the guest agent.
-
-libvirt's own QUIESCE flag for checkpoints is refused by its QEMU driver in every version, so
-freeze and thaw are ours.  A guest left frozen is the worst that can come of it: every way out
-thaws, and a guest that stays frozen for too long is thawed behind our own back.
-"""
+"""A domain's guest agent, through libvirt: whether it is there, and freezing with it."""
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+from ..config import Driver
 from ..errors import CkptmgrError, GuestAgentFailed
+from ..xml import parse
+from . import freezing, thawing
+from .connection import Connection
+from .failure import translate
 
 log = logging.getLogger("ckptmgr")
 
-THAW_ATTEMPTS = 3
+_CHANNEL = "org.qemu.guest_agent.0"
+# VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK: what libvirt starts every domain with.
+_WAITS = -2
 
 
-@contextmanager
-def frozen(
-    freeze: Callable[[], object],
-    thaw: Callable[[], object],
-    *,
-    domain: str,
-    timeout: float,
-    thaw_attempts: int = THAW_ATTEMPTS,
-) -> Iterator[None]:
-    """Freeze, run the block, thaw.
+class GuestAgent:
+    """The agent in a domain's guest.  Every call asks libvirt anew."""
 
-    freeze, thaw -- do it, within a deadline of their own; raise a CkptmgrError if they cannot
-    timeout -- seconds that the block may take; then the guest is thawed while the block still
-        runs, and GuestAgentFailed is raised when it ends, for what it made is not quiescent
+    def __init__(self, connection: Connection, handle: Any) -> None:
+        self._connection = connection
+        self._handle = handle
 
-    Raises GuestAgentFailed if freezing or thawing fails.  An exception of the block, or of the
-    freeze, always comes out; a thaw that fails as well is a note on it and an error in the log.
-    """
-    guard = _Guard(thaw, domain, thaw_attempts)
-    timer = threading.Timer(timeout, guard.expire)
-    timer.daemon = True
-    try:
-        # A freeze that fails may have frozen some file systems, and one that timed out may
-        # still happen in the guest: thaw after those, too.
+    @property
+    def _name(self) -> str:
+        name: str = self._handle.name()
+        return name
+
+    def _active(self) -> bool:
+        with translate("asking whether it runs", self._name):
+            return bool(self._handle.isActive())
+
+    def _xml(self) -> str:
+        with translate("reading the XML", self._name):
+            text: str = self._handle.XMLDesc(0)
+        return text
+
+    @contextmanager
+    def frozen(self, timeout: float) -> Iterator[None]:
+        """Run the block with the guest's file systems frozen.  See `freezing.frozen`.
+
+        timeout -- seconds that freezing may take, and that the file systems may stay frozen
+
+        Raises GuestAgentFailed.  It sets the domain's agent timeout, and then libvirt's default.
+        If this process is killed meanwhile, another one thaws them, but for the embedded driver,
+        which no other process can use.
+        """
+        self._require()
+        seconds = max(1, math.ceil(timeout))
+
+        def freeze() -> None:
+            with translate("freezing the file systems", self._name):
+                self._handle.fsFreeze()
+
+        def thaw() -> None:
+            with translate("thawing the file systems", self._name):
+                self._handle.fsThaw()
+
+        with translate("setting the agent's timeout", self._name):
+            self._handle.agentSetResponseTimeout(seconds)
         try:
-            freeze()
+            with (
+                self._guarded(timeout),
+                freezing.frozen(freeze, thaw, domain=self._name, timeout=timeout),
+            ):
+                yield
+        finally:
+            self._wait_again()
+
+    def _guarded(self, timeout: float) -> AbstractContextManager[None]:
+        if self._connection.driver is Driver.EMBEDDED:
+            return nullcontext()
+        return thawing.guarded(self._connection.uri, self._handle.UUIDString(), timeout)
+
+    def thaw(self, timeout: float) -> None:
+        """Thaw the guest's file systems, frozen or not, if its agent is there.
+
+        timeout -- seconds that the agent may take
+
+        Raises OperationFailed.
+        """
+        if not self._active() or not self.connected():
+            return
+        with translate("thawing the file systems", self._name):
+            self._handle.agentSetResponseTimeout(max(1, math.ceil(timeout)))
+            try:
+                self._handle.fsThaw()
+            finally:
+                self._wait_again()
+
+    def _wait_again(self) -> None:
+        """Best effort, and nothing is lost without it: must not hide what went before."""
+        try:
+            with translate("resetting the agent's timeout", self._name):
+                self._handle.agentSetResponseTimeout(_WAITS)
         except CkptmgrError as error:
-            raise GuestAgentFailed(
-                f"the file systems of domain {domain!r} were not frozen: {error}",
-                hint="see that qemu-guest-agent runs in the guest, or leave --quiesce out",
-            ) from error
-        timer.start()
-        yield
-    except BaseException as error:
-        timer.cancel()
-        failure = guard.thaw_once()
-        if failure is not None:
-            error.add_note(str(failure))
-            log.error("%s", failure)  # noqa: TRY400 -- for people: no traceback
-        raise
-    timer.cancel()
-    failure = guard.thaw_once()
-    if failure is not None:
-        raise failure
-    if guard.expired:
-        raise GuestAgentFailed(
-            f"the file systems of domain {domain!r} were thawed after {timeout:g} s, before the "
-            "checkpoint was there; it is not quiescent",
-            hint="delete it and try again when the host is less busy, or allow more time",
+            log.info("%s", error)
+
+    def connected(self) -> bool:
+        """Whether the running domain's guest agent is connected."""
+        root = parse(self._xml(), what="the domain's XML")
+        channels = root.iterfind("devices/channel/target")
+        return any(
+            target.get("name") == _CHANNEL and target.get("state") == "connected"
+            for target in channels
         )
 
-
-class _Guard:
-    """Thaws once, from whichever thread comes first; the other waits for it."""
-
-    def __init__(self, thaw: Callable[[], object], domain: str, attempts: int) -> None:
-        self.expired = False
-        self._thaw = thaw
-        self._domain = domain
-        self._attempts = attempts
-        self._lock = threading.Lock()
-        self._done = False
-        self._failure: GuestAgentFailed | None = None
-
-    def expire(self) -> None:
-        with self._lock:
-            if not self._done:
-                self.expired = True
-                self._run()
-
-    def thaw_once(self) -> GuestAgentFailed | None:
-        with self._lock:
-            if not self._done or self._failure is not None:
-                self._run()
-            return self._failure
-
-    def _run(self) -> None:
-        for _ in range(self._attempts):
-            try:
-                self._thaw()
-            except CkptmgrError as error:
-                self._failure = GuestAgentFailed(
-                    f"the file systems of domain {self._domain!r} may still be frozen: {error}",
-                    hint=f"thaw them: virsh domfsthaw {self._domain!r}",
+    def _require(self) -> None:
+        hint = "install and start qemu-guest-agent in the guest, or leave --quiesce out"
+        if not self._active():
+            raise GuestAgentFailed(f"domain {self._name!r} is not running: nothing to freeze")
+        root = parse(self._xml(), what="the domain's XML")
+        for target in root.iterfind("devices/channel/target"):
+            if target.get("name") == _CHANNEL:
+                if target.get("state") == "connected":
+                    return
+                raise GuestAgentFailed(
+                    f"the guest agent of domain {self._name!r} is not connected", hint=hint
                 )
-            else:
-                self._failure = None
-                break
-        self._done = True
+        raise GuestAgentFailed(
+            f"domain {self._name!r} has no guest agent channel ({_CHANNEL})",
+            hint="add the channel to the domain; " + hint,
+        )

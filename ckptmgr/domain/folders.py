@@ -1,6 +1,6 @@
 """Where libvirt's QEMU driver keeps its folders (qemu_conf.c).
 
-Each function takes the driver and the root directory of an embedded one.
+`library` and `tpm_states` take the driver and the root directory of an embedded one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from ..config import Driver
+from ..errors import Unsupported
 
 
 def library(driver: Driver, root: Path | None) -> Path:
@@ -19,6 +20,30 @@ def library(driver: Driver, root: Path | None) -> Path:
 def tpm_states(driver: Driver, root: Path | None) -> Path:
     """The folder with the state of each domain's TPM, by UUID (swtpmStorageDir)."""
     return _folder(driver, root, embedded="lib/swtpm", session="swtpm", system="swtpm")
+
+
+def of_domain(base: Path, number: int, name: str, hint: str) -> Path:
+    """The folder of a running domain in `base`.  Raises Unsupported where there is none.
+
+    number, name -- the domain's id and name; hint -- what the user can do
+    """
+    try:
+        found = [entry for entry in base.iterdir() if entry.name.startswith(f"domain-{number}-")]
+    except OSError as error:
+        raise Unsupported(f"{base} cannot be read: {error.strerror}", hint=hint) from error
+    if len(found) != 1:
+        raise Unsupported(f"{base} has no folder of domain {name!r}", hint=hint)
+    return accessible(found[0], name, hint)
+
+
+def accessible(folder: Path, name: str, hint: str) -> Path:
+    """`folder`, for sockets of domain `name`.  Raises Unsupported if we cannot enter it."""
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+        raise Unsupported(
+            f"{folder}, for sockets of domain {name!r}, is no folder that can be entered",
+            hint=hint,
+        )
+    return folder
 
 
 def _folder(driver: Driver, root: Path | None, *, embedded: str, session: str, system: str) -> Path:

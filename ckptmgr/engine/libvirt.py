@@ -220,5 +220,5 @@ def read_maps(step: ReadMaps, outcome: Outcome) -> None:
 
 def quiesced(adapter: DomainAdapter, step: Quiesced, perform: Callable[[Step], None]) -> None:
     """Perform the inner step with the guest's file systems frozen."""
-    with adapter.frozen(step.timeout):
+    with adapter.agent.frozen(step.timeout):
         perform(step.step)

@@ -184,7 +184,7 @@ def _make(session: Session, loaded: Loaded, point: RestorePoint) -> None:
     auto = quiesce is None
     if quiesce is None:
         # A guest that stands still could not answer.
-        quiesce = session.active and not point.pause and session.adapter.has_agent()
+        quiesce = session.active and not point.pause and session.adapter.agent.connected()
     tracked = _tracked(session)
     if not tracked:
         log.warning(

@@ -93,7 +93,7 @@ def _settle_create(session: Session, intent: Intent, loaded: Loaded) -> None:
 def thaw(session: Session) -> None:
     """Thaw a guest that an operation may have left frozen."""
     try:
-        session.adapter.thaw(session.settings.freeze_timeout)
+        session.adapter.agent.thaw(session.settings.freeze_timeout)
     except CkptmgrError as error:
         name = session.adapter.name
         log.error(  # noqa: TRY400 -- for people: no traceback

@@ -16,6 +16,7 @@ import pytest
 from ckptmgr.hook.installation import install, setting, status, uninstall
 from ckptmgr.hook.script import STOPPED
 from ckptmgr.store import Store
+from integration import block_jobs
 from integration.branch_model import Branches
 from integration.conftest import MakeMachine
 from integration.evidence import bitmaps, known
@@ -133,6 +134,32 @@ def test_a_machine_that_was_off_reverts_too(scene: Branches) -> None:
     scene.scatter(3)
     scene.create("c2")
     sound(scene)
+
+
+def test_a_machine_that_was_off_reverts_where_its_definition_tells_its_backing_chains(
+    scene: Branches,
+) -> None:
+    """As libvirt writes it when another tool takes an external snapshot."""
+    scene.create("c1")
+    scene.scatter(1)
+    scene.snapshot("s1")
+    block_jobs.overlay(scene.machine)
+    scene.find()
+    scene.scatter(2)
+    scene.snapshot("s2")
+    scene.scatter(3)
+    for number, name in enumerate(("s2", "s1"), 4):
+        recording = bitmaps(scene.machine)
+        scene.machine.stop()
+        scene.machine.start()
+        assert bitmaps(scene.machine) == recording != set()
+        scene.machine.stop()
+        assert b"<backingStore" in Path(f"/etc/libvirt/qemu/{scene.machine.name}.xml").read_bytes()
+        virsh_revert(scene, name)
+        assert scene.state() == "running"
+        scene.scatter(number)
+        scene.create(f"c{number}")
+        sound(scene)
 
 
 def test_reverts_on_end_with_no_command_between(scene: Branches) -> None:

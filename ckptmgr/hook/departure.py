@@ -74,7 +74,7 @@ def leave(store: DomainStore, start: Start) -> str | None:
     marker = _marker(root)
     disks = _qcow2(parse_disks(etree.tostring(root, encoding="unicode")))
     before = _stopped(store)
-    if not _is_revert(store.load(), start, marker, disks, before):
+    if not _is_revert(store.load(), start, root, marker, disks, before):
         return None
     with _locked(store) as held:
         if not held:
@@ -119,6 +119,7 @@ def _stopped(store: DomainStore) -> dict[str, Disk] | None:
 def _is_revert(
     loaded: Loaded,
     start: Start,
+    root: etree._Element,
     marker: Marker | None,
     disks: Mapping[str, Disk],
     before: Mapping[str, Disk] | None,
@@ -127,22 +128,36 @@ def _is_revert(
     if not loaded.history.checkpoints or not loaded.record.name:
         return False
     if agrees(marker, loaded.history, loaded.record):
-        if start.how is How.OFF and _is_defined_so(start.config):
+        if start.how is How.OFF and _is_defined_so(root, disks, start.config):
             return False
         if start.how not in (How.OFF, How.REVERT):
             return False
     if any(_holds_snapshots(disk) for disk in disks.values()):
         return True
-    tops = {target: _path(disk) for target, disk in disks.items()}
-    return before is not None and tops != {name: _path(disk) for name, disk in before.items()}
+    return before is not None and _tops(disks) != _tops(before)
 
 
-def _is_defined_so(config: Path) -> bool:
-    """Whether the domain's own definition has what only those of running ones have."""
+_RUNNING = ("devices/disk/backingStore", "resource/partition", "cpu[@check='full']")
+"""What libvirt (seen with 9.0) adds to a definition while its domain runs: snapshots have it."""
+
+
+def _is_defined_so(root: etree._Element, disks: Mapping[str, Disk], config: Path) -> bool:
+    """Whether the domain may start just as it is defined: with the disks of its definition, and
+    with nothing of a running domain's that is not there, too.
+    """
     try:
-        return b"<backingStore" in config.read_bytes()
-    except OSError:
+        text = config.read_bytes()
+        defined = parse(text, what=f"the definition in {config}")
+        images = _tops(_qcow2(parse_disks(text.decode())))
+    except (OSError, UnicodeDecodeError, InvalidDocument):
         return True
+    if images != _tops(disks):
+        return False
+    return all(defined.find(sign) is not None for sign in _RUNNING if root.find(sign) is not None)
+
+
+def _tops(disks: Mapping[str, Disk]) -> dict[str, str]:
+    return {target: _path(disk) for target, disk in disks.items()}
 
 
 def _holds_snapshots(disk: Disk) -> bool:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import re
-import signal
 import subprocess
 import tempfile
 import time
@@ -22,6 +20,7 @@ from lxml import etree
 
 from .accel import domain_type
 from .images import DiskSpec, info
+from .killing import kill
 from .libvirts import Stand, StandError
 from .patience import patiently
 
@@ -212,19 +211,8 @@ class Machine:
 
     def kill(self) -> None:
         """``kill -9`` of QEMU, as a crash of the host would; returns when libvirt knows."""
-        self._kill()
+        kill(self.pid)
         self.gone()
-
-    def _kill(self) -> None:
-        """Kill QEMU and, where it is our child (``orphans``), reap it.
-
-        If there is a process of that id when libvirt ends a machine, libvirt sends it a signal and
-        looks again after 0.2 s.
-        """
-        pid = self.pid
-        os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
 
     def gone(self) -> None:
         """Wait until libvirt knows that the machine's QEMU was killed."""
@@ -238,7 +226,7 @@ class Machine:
         """End the machine at once, whatever becomes of its images, and let libvirt forget it."""
         with contextlib.suppress(libvirt.libvirtError, OSError, StandError):
             if self.active:
-                self._kill()
+                kill(self.pid)
         with contextlib.suppress(libvirt.libvirtError):
             self.domain.destroy()
         with contextlib.suppress(libvirt.libvirtError):

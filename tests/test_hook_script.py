@@ -12,6 +12,7 @@ from shlex import quote
 
 import pytest
 
+from ckptmgr.cli import main
 from ckptmgr.hook.installation import install, setting, status, uninstall
 from ckptmgr.hook.script import STOPPED, Setting, script
 from ckptmgr.store import DomainRecord, DomainStore, Store
@@ -259,3 +260,37 @@ def test_the_script_is_what_status_compares_with(tmp_path: Path) -> None:
     found.path.chmod(0o644)
     assert not status(tmp_path, wanted).installed
     assert uninstall(tmp_path)
+
+
+def test_the_hook_itself_is_no_other_hook_however_its_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = setting(Path("store"), Path("bin/python"))
+    assert wanted.python == tmp_path / "bin" / "python"
+    assert setting(Path("store"), Path("python3")).python == Path("python3")
+    path = install(Path("hooks"), wanted)
+    other = path.with_name("other")
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    assert status(Path("hooks"), wanted).others == (str(other),)
+
+
+def test_uninstall_removes_what_a_killed_install_left(tmp_path: Path) -> None:
+    path = install(tmp_path, setting(tmp_path / "store"))
+    left = path.with_name(".ckptmgr.new")
+    path.rename(left)
+    assert status(tmp_path, setting(tmp_path / "store")).others == ()
+    assert not uninstall(tmp_path)
+    assert not left.exists()
+
+
+def test_a_dry_run_refuses_a_hook_that_is_not_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = install(tmp_path, setting(tmp_path / "store"))
+    path.write_text("#!/bin/sh\n")
+    for command in ("install", "uninstall"):
+        assert main(["hook", command, "--directory", str(tmp_path), "--dry-run"]) == 1
+        assert "did not write" in capsys.readouterr().err
+    assert path.read_text() == "#!/bin/sh\n"

@@ -31,6 +31,19 @@ def text(value: str) -> str:
     return value
 
 
+class FilePath(click.Path):
+    """A path.  An empty one, as of a variable that is not set, is not the working folder."""
+
+    def __init__(self, *, file_okay: bool = True, allow_dash: bool = False) -> None:
+        super().__init__(file_okay=file_okay, allow_dash=allow_dash, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; see click.Path."""
+        if value == "":
+            self.fail("it is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def domain_argument(function: Decorated) -> Decorated:
     """``DOMAIN``: a name, UUID or id."""
     return click.argument("domain", type=text, shell_complete=complete_domain)(function)
@@ -54,9 +67,7 @@ def snapshot_argument(function: Decorated) -> Decorated:
 
 def repository_argument(function: Decorated) -> Decorated:
     """``REPO``: the folder of a repository."""
-    return click.argument(
-        "repository", metavar="REPO", type=click.Path(file_okay=False, path_type=Path)
-    )(function)
+    return click.argument("repository", metavar="REPO", type=FilePath(file_okay=False))(function)
 
 
 def kept_domain_argument(*, required: bool) -> Callable[[Decorated], Decorated]:

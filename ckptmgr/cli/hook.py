@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .answer import Answer, Document
-from .arguments import dry_run_option
+from .arguments import FilePath, dry_run_option
 from .checkpoints import planned
 from .group import Subgroup
 from .session import Command, Session
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _directory = click.option(
     "--directory",
     metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilePath(file_okay=False),
     default=Path("/etc/libvirt/hooks"),
     show_default=True,
     help="libvirt's folder of hooks.",
@@ -28,7 +28,7 @@ _directory = click.option(
 _python = click.option(
     "--python",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="The Python that runs it (default: this one).",
 )
 
@@ -55,7 +55,7 @@ def install(session: Session, directory: Path, python: Path | None, dry_run: boo
 
     setting = _setting(session, python)
     if dry_run:
-        path = installation.status(directory, setting).path
+        path = installation.place(directory)
         step = Direct(f"write the hook {path}, for the store {setting.store}")
         return planned(Plan(EngineName.OFFLINE, (step,), notes=(RELOAD,)))
     path = installation.install(directory, setting)
@@ -76,8 +76,8 @@ def uninstall(session: Session, directory: Path, dry_run: bool) -> Answer:
     from ..plan.steps import Direct, Plan
 
     if dry_run:
-        found = installation.status(directory, _setting(session, None))
-        steps = (Direct(f"remove the hook {found.path}"),) if found.installed else ()
+        path = installation.place(directory)
+        steps = (Direct(f"remove the hook {path}"),) if path.exists() else ()
         return planned(Plan(EngineName.OFFLINE, steps))
     removed = installation.uninstall(directory)
     return Answer(

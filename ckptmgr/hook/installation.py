@@ -40,7 +40,10 @@ class Status:
 def setting(store: Path, python: Path | None = None) -> Setting:
     """What the script is told: this interpreter, and this package."""
     package = Path(__file__).resolve().parent.parent.parent
-    return Setting(store.absolute(), python or Path(sys.executable), package)
+    python = python or Path(sys.executable)
+    if python.name != str(python):  # a name alone is looked for by the hook
+        python = python.absolute()
+    return Setting(store.absolute(), python, package)
 
 
 def status(directory: Path, wanted: Setting) -> Status:
@@ -56,14 +59,20 @@ def status(directory: Path, wanted: Setting) -> Status:
     )
 
 
+def place(directory: Path) -> Path:
+    """Where the hook is to be.  Raises CkptmgrError where something else has its name."""
+    path = _path(directory)
+    _check_ours(path, _read(path))
+    return path
+
+
 def install(directory: Path, wanted: Setting) -> Path:
     """Write the hook, or write it anew.
 
     Raises CkptmgrError where it cannot be written or something else has its name.
     """
-    path = _path(directory)
-    _check_ours(path, _read(path))
-    temporary = path.with_name(f".{NAME}.new")
+    path = place(directory)
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
@@ -74,6 +83,8 @@ def install(directory: Path, wanted: Setting) -> Path:
             os.fsync(file.fileno())
         temporary.rename(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise CkptmgrError(
             f"the hook {path} cannot be written: {error.strerror}", hint="run as root"
         ) from error
@@ -85,12 +96,12 @@ def uninstall(directory: Path) -> bool:
 
     Raises CkptmgrError where it cannot be removed or something else has its name.
     """
-    path = _path(directory)
-    text = _read(path)
-    if text is None:
-        return False
-    _check_ours(path, text)
+    path = place(directory)
     try:
+        # What an install that was killed left is a hook, too, if it came that far.
+        _temporary(path).unlink(missing_ok=True)
+        if _read(path) is None:
+            return False
         path.unlink()
     except OSError as error:
         raise CkptmgrError(
@@ -101,6 +112,10 @@ def uninstall(directory: Path) -> bool:
 
 def _path(directory: Path) -> Path:
     return directory.absolute() / "qemu.d" / NAME
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{NAME}.new")
 
 
 def _check_ours(path: Path, text: str | None) -> None:
@@ -122,11 +137,12 @@ def _read(path: Path) -> str | None:
 
 
 def _others(directory: Path) -> tuple[str, ...]:
-    found = [directory / "qemu"]
+    ours = _path(directory)
+    found = [ours.parent.with_name("qemu")]
     with contextlib.suppress(OSError):
-        found += sorted((directory / "qemu.d").iterdir())
+        found += sorted(ours.parent.iterdir())
     return tuple(
         str(path)
         for path in found
-        if path != _path(directory) and path.is_file() and os.access(path, os.X_OK)
+        if path not in (ours, _temporary(ours)) and path.is_file() and os.access(path, os.X_OK)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -147,7 +148,8 @@ def _parse(document: Mapping[str, object], path: Path) -> Settings:
                 raise InvalidRequest(f"{path}: {key} must be true or false, not {value!r}")
             settings = replace(settings, nbd_tls=value)
         else:
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            finite = isinstance(value, int | float) and 0 <= value < math.inf  # TOML has nan
+            if isinstance(value, bool) or not isinstance(value, int | float) or not finite:
                 raise InvalidRequest(f"{path}: {key} must be a number of seconds, not {value!r}")
             settings = replace(settings, **{key: float(value)})  # type: ignore[arg-type]
     return settings

@@ -48,6 +48,13 @@ USAGE = [
     ["delete", "web", "c1", "--children", "--children-only"],
     ["show", "web", "\udcff"],
     ["completion", "tcsh"],
+    ["--store", "", "list", "web"],
+    ["points", ""],
+    ["backup", "web", ""],
+    ["restore", "repo", "web", "p1", ""],
+    ["redefine", "web", ""],
+    ["hook", "install", "--directory", ""],
+    ["hook", "install", "--python", ""],
 ]
 
 

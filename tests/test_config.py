@@ -107,6 +107,8 @@ def test_settings_are_read(tmp_path: Path) -> None:
         "lock_timeout = true",
         "lock_timeout = -1",
         'lock_timeout = "5"',
+        "lock_timeout = nan",
+        "freeze_timeout = inf",
         "lock_timeout",
         "nbd_address = 1",
         'nbd_address = ""',

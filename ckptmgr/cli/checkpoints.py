@@ -11,7 +11,7 @@ import click
 
 from ..errors import CkptmgrError, InvalidDocument, NoCheckpoint
 from .answer import Answer, Document
-from .arguments import checkpoint_argument, domain_argument, dry_run_option, text
+from .arguments import FilePath, checkpoint_argument, domain_argument, dry_run_option, text
 from .candidates import complete_checkpoint, complete_disk
 from .render import checkpoint_block, checkpoint_list, names, plan_lines
 from .session import Command, Session
@@ -221,7 +221,7 @@ def delete(
 
 @click.command(cls=Command)
 @domain_argument
-@click.argument("file", type=click.Path(allow_dash=True, path_type=Path))
+@click.argument("file", type=FilePath(allow_dash=True))
 @click.option(
     "--validate",
     is_flag=True,

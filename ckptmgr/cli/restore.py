@@ -10,6 +10,7 @@ import click
 
 from .answer import Answer
 from .arguments import (
+    FilePath,
     dry_run_option,
     kept_domain_argument,
     point_argument,
@@ -31,9 +32,7 @@ if TYPE_CHECKING:
 @repository_argument
 @kept_domain_argument(required=True)
 @point_argument(required=True)
-@click.argument(
-    "folder", metavar="[DIR]", required=False, type=click.Path(file_okay=False, path_type=Path)
-)
+@click.argument("folder", metavar="[DIR]", required=False, type=FilePath(file_okay=False))
 @click.option("--define", "name", metavar="NAME", type=text, help="Define a domain NAME with them.")
 @click.option("--flatten", is_flag=True, help="Write images that stand by themselves.")
 @click.option(

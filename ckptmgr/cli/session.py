@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import augment_usage_errors
 
+from .arguments import FilePath
 from .logs import log_to_stderr
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def global_options(*, hidden: bool = False) -> list[click.Option]:
         click.Option(
             ["--store"],
             metavar="DIR",
-            type=click.Path(file_okay=False, path_type=Path),
+            type=FilePath(file_okay=False),
             help="Metadata directory (default: CKPTMGR_STORE, then that of the driver).",
             **common,
         ),

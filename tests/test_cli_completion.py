@@ -58,6 +58,7 @@ def bash(line: str, current: str | None = None, **options: Any) -> list[str]:
         ("ckptmgr list web --from c1", None, ["c1"]),
         ("ckptmgr create web --disk vda=", "=", ["no"]),
         ("ckptmgr create web --disk vdb", None, ["vdb", "vdb=no"]),
+        ("ckptmgr backup web /r --disk vdb", None, ["vdb"]),
         ("ckptmgr -c qemu:///se", "///se", ["///session"]),
         ("ckptmgr --engine off", None, ["offline"]),
         ("ckptmgr list web --desc", None, ["--descendants"]),

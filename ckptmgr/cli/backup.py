@@ -10,6 +10,7 @@ import click
 
 from .answer import Answer
 from .arguments import domain_argument, dry_run_option, repository_argument, text
+from .candidates import complete_target
 from .checkpoints import planned
 from .render import names
 from .session import Command, Session
@@ -40,6 +41,7 @@ def rate(value: str) -> int:
     metavar="D",
     multiple=True,
     type=text,
+    shell_complete=complete_target,
     help="This disk, by target or path; may be repeated. Default: all.",
 )
 @click.option(

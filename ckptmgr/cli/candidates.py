@@ -58,16 +58,14 @@ def complete_disk(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Disks of the domain's current checkpoint, as SPECs."""
-    domain = context.params.get("domain")
-    if not domain:
-        return []
+    return _disks(context, incomplete, _DISK_CHOICES)
 
-    def specs(host: Host) -> list[str]:
-        view = host.domain(domain).current()
-        disks = view.disks if view is not None else ()
-        return [disk.name + choice for disk in disks for choice in _DISK_CHOICES]
 
-    return _matching(context, incomplete, specs)
+def complete_target(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Disks of the domain's current checkpoint."""
+    return _disks(context, incomplete, ("",))
 
 
 def complete_kept_domain(
@@ -97,6 +95,21 @@ def complete_kept_disk(
         dict.fromkeys(disk.name for each in found if each.name == name for disk in each.disks),
         incomplete,
     )
+
+
+def _disks(
+    context: click.Context, incomplete: str, choices: tuple[str, ...]
+) -> list[CompletionItem]:
+    domain = context.params.get("domain")
+    if not domain:
+        return []
+
+    def specs(host: Host) -> list[str]:
+        view = host.domain(domain).current()
+        disks = view.disks if view is not None else ()
+        return [disk.name + choice for disk in disks for choice in choices]
+
+    return _matching(context, incomplete, specs)
 
 
 def _kept(

@@ -18,7 +18,7 @@ import ckptmgr
 from ckptmgr.config import Settings
 from ckptmgr.manager import Host
 from ckptmgr.store import Store
-from integration.stand import MIB, DiskSpec, Machine
+from integration.stand import MIB, DiskSpec, Machine, rounded
 from integration.stand.images import info
 
 DISKS = (
@@ -47,7 +47,7 @@ def domain_of(
 
 
 class Timeline:
-    """Every byte that was written to a machine's disks, and between which checkpoints.
+    """Every range that was written on a machine's disks, and between which checkpoints.
 
     ``cut(name)`` goes with the making of each checkpoint.
     """
@@ -71,14 +71,14 @@ class Timeline:
         other._random.setstate(self._random.getstate())
         return other
 
-    def _nothing(self) -> dict[str, bytearray]:
-        return {target: bytearray(size) for target, size in self.sizes.items()}
+    def _nothing(self) -> dict[str, Extents]:
+        return {target: [] for target in self.sizes}
 
     def write(self, target: str, offset: int, length: int) -> None:
         """Write bytes that differ from what was there."""
         self._pattern = self._pattern % 255 + 1
         self.machine.write(target, offset, length, self._pattern)
-        self._written[-1][target][offset : offset + length] = b"\1" * length
+        self._written[-1][target].append((offset, length))
         self._contents.pop("", None)
 
     def scatter(self) -> None:
@@ -105,17 +105,9 @@ class Timeline:
         """The granules with a byte that was written between two checkpoints, or since one."""
         first = self.cuts.index(start)
         last = len(self.cuts) if end is None else self.cuts.index(end)
-        written = [marks[target] for marks in self._written[first + 1 : last + 1]]
-        size = self.sizes[target]
-        extents: Extents = []
-        for begin in range(0, size, granularity):
-            past = min(begin + granularity, size)
-            if any(marks.find(1, begin, past) >= 0 for marks in written):
-                if extents and sum(extents[-1]) == begin:
-                    extents[-1] = (extents[-1][0], past - extents[-1][0])
-                else:
-                    extents.append((begin, past - begin))
-        return extents
+        intervals = self._written[first + 1 : last + 1]
+        written = [each for interval in intervals for each in interval[target]]
+        return rounded(written, granularity, self.sizes[target])
 
     def check(self, domain: ckptmgr.Domain, start: str, end: str | None, tracked: set[str]) -> None:
         """The diff has exactly the granules written, and no byte differs outside of them."""

@@ -134,3 +134,14 @@ def check_name(name: str) -> str:
         f"{shown!r} cannot be the name of a checkpoint",
         hint=f"use 1 to {NAME_MAX} of the characters a-z A-Z 0-9 _ - and, not first, a dot",
     )
+
+
+def shown_disks(checkpoint: Checkpoint) -> frozenset[str]:
+    """The disks for which libvirt is to list a bitmap of a checkpoint."""
+    return frozenset(
+        disk.name
+        for disk in checkpoint.disks
+        if disk.bitmap is not None
+        and disk.persistent
+        and disk.state in (State.RECORDING, State.FROZEN)
+    )

@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptmgr.checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
+from ckptmgr.checkpoint import (
+    Checkpoint,
+    CheckpointDisk,
+    EngineName,
+    Interval,
+    State,
+    shown_disks,
+)
 from ckptmgr.consistency import (
     Action,
     Adopt,
@@ -33,7 +40,6 @@ from ckptmgr.consistency import (
     Settle,
     consistent,
     examine,
-    shown_disks,
 )
 from ckptmgr.domain.disk import Bitmap, Disk, DiskLayers, Image, Layer
 from ckptmgr.domain.marker import Marker

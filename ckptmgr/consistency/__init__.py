@@ -28,7 +28,7 @@ from .findings import (
     consistent,
 )
 from .listed import listed
-from .observed import Known, Observation, shown_disks
+from .observed import Known, Observation
 from .stored import current_lost, damaged, interrupted, intervals
 
 __all__ = [
@@ -51,7 +51,6 @@ __all__ = [
     "Settle",
     "consistent",
     "examine",
-    "shown_disks",
 ]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ..checkpoint import shown_disks
 from ..history import History
 from ..plan.libvirt import DISCARD
 from .findings import Adopt, Finding, Forget, Redefine
-from .observed import Known, Observation, shown_disks
+from .observed import Known, Observation
 
 
 def listed(seen: Observation) -> Iterator[Finding]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..checkpoint import Checkpoint, State
 from ..domain.disk import Disk, DiskLayers
 from ..history import History
 from ..marker import Marker
@@ -69,14 +68,3 @@ class Observation:
         return frozenset(
             damage.path.stem for damage in self.damaged if damage.path.suffix == ".xml"
         )
-
-
-def shown_disks(checkpoint: Checkpoint) -> frozenset[str]:
-    """The disks for which libvirt is to list a bitmap of a checkpoint."""
-    return frozenset(
-        disk.name
-        for disk in checkpoint.disks
-        if disk.bitmap is not None
-        and disk.persistent
-        and disk.state in (State.RECORDING, State.FROZEN)
-    )

@@ -12,7 +12,6 @@ from ..domain.adapter import DomainAdapter
 from ..domain.binding import libvirt
 from ..domain.failure import OPERATION_INVALID, translate
 from ..errors import BitmapBroken, Busy, NoCheckpoint, OperationFailed
-from ..nbd import read_dirty_map
 from ..plan.libvirt import serves, tracked_disks, with_disks
 from ..plan.steps import (
     BackupBegin,
@@ -214,6 +213,8 @@ def _has_code(error: OperationFailed, *codes: int) -> bool:
 
 def read_maps(step: ReadMaps, outcome: Outcome) -> None:
     """Read every export of `step` into `outcome`."""
+    from ..nbd import read_dirty_map  # libnbd: a backup loads it while its job begins
+
     for export in step.exports:
         outcome.add(export.disk, read_dirty_map(step.socket, export))
 

@@ -244,13 +244,13 @@ class Domain:
         progress -- called with a disk, how many bytes of it are done, and of how many
         options -- see `BackupOptions`
         """
-        from ..backup.views import point_view  # most commands make no point
-
         lineage, made = operation.backup.backup(
             self._now,
             _backup_request(repository, name, options),
             progress or (lambda disk, done, total: None),
         )
+        from ..backup.views import point_view  # loaded while the disks were made ready
+
         folder = str(lineage.path / made.name)
         return point_view(lineage.key, folder, made, parent=made.parent, broken=None)
 

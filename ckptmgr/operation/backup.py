@@ -261,6 +261,9 @@ class _Wanted:
     targets: tuple[str, ...]
     pause: bool
 
+    def expect(self) -> None:
+        raise RuntimeError("this is only planned")
+
     def copy(self, history: History, checkpoint: Checkpoint, served: Served) -> None:
         raise RuntimeError("this is only planned")
 

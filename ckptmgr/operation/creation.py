@@ -142,6 +142,8 @@ def _attempt(
     engine.run([step for step in plan.steps if isinstance(step, ImagesCheck)])
     session.store.write_intent(intent(session, creation))
     try:
+        if copying is not None:
+            copying.expect()
         if copying is not None and copying.pause:
             run = partial(engine.run, plan.steps)
             outcome, loaded = while_standing(session, loaded, run)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..checkpoint import EngineName, State
-from ..consistency import Known, Observation, shown_disks
+from ..checkpoint import EngineName, State, shown_disks
+from ..consistency import Known, Observation
 from ..document import bitmap_sizes, parse_libvirt
 from ..domain.disk import DiskLayers
 from ..domain.job import backup_job

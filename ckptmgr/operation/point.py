@@ -5,22 +5,16 @@ from __future__ import annotations
 import io
 import logging
 import os
-import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from pyroaring import BitMap64
+from typing import TYPE_CHECKING
 
 from ..align import find_disk
 from ..backup.base import Base, DiskBase, disk_base, find_base
-from ..backup.block import BLOCK, block_count, blocks_of
-from ..backup.copying import Rate, Source
-from ..backup.digests import Digests, block_set
-from ..backup.digests import runs as runs_of
-from ..backup.layer import Layer
 from ..backup.manifest import FULL, INCREMENTAL, Manifest, PointDisk, PointFile, new_id
 from ..backup.points import Points
 from ..backup.repository import Draft, Lineage
@@ -29,9 +23,14 @@ from ..document import format_libvirt
 from ..domain.attachments import attachments, members
 from ..errors import OperationFailed, RepositoryDamaged, RepositoryFailed
 from ..history import History
-from . import difference
 from .preparation import Served
 from .session import Session
+
+if TYPE_CHECKING:
+    from pyroaring import BitMap64
+
+    from ..backup.copying import Rate
+    from ..backup.digests import Digests
 
 log = logging.getLogger("ckptmgr")
 
@@ -108,7 +107,6 @@ class RestorePoint:
         self._lineage = lineage
         self._draft = draft
         self._points: Points = lineage.load().points
-        self._rate = Rate(request.limit)
         self._scratch: Path | None = None  # where QEMU keeps what the guest overwrites
         self._looked = 0.0
         self._base: Base | None = find_base(
@@ -135,14 +133,23 @@ class RestorePoint:
 
     # --- Copying -----------------------------------------------------------------------------
 
+    def expect(self) -> None:
+        """Load what the copying needs, while libvirt and QEMU make ready to serve the disks."""
+        threading.Thread(target=_load, name="ckptmgr-load", daemon=True).start()
+
     def copy(self, history: History, checkpoint: Checkpoint | None, served: Served) -> None:
         """Copy the disks, and what is beside them."""
+        from ..backup.copying import Rate
+
         if self._session.choice.engine is not EngineName.OFFLINE:
             # Now, since a domain that has ended has no such folder.
             self._scratch = self._session.place().folder
         # First, since they are small and may change meanwhile.
         files = tuple(self._files(checkpoint))
-        disks = tuple(self._copied(history, checkpoint, target, served) for target in self.targets)
+        rate = Rate(self.request.limit)
+        disks = tuple(
+            self._copied(history, checkpoint, target, served, rate) for target in self.targets
+        )
         parent = None if self._base is None else self._points.get(self._base.point)
         adapter = self._session.adapter
         self.manifest = Manifest(
@@ -170,8 +177,17 @@ class RestorePoint:
     # --- disks -------------------------------------------------------------------------------
 
     def _copied(
-        self, history: History, checkpoint: Checkpoint | None, target: str, served: Served
+        self,
+        history: History,
+        checkpoint: Checkpoint | None,
+        target: str,
+        served: Served,
+        rate: Rate,
     ) -> PointDisk:
+        from ..backup.copying import Source
+        from ..backup.digests import runs
+        from ..backup.layer import Layer
+
         server, export = served[target]
         with ExitStack() as stack:
             source = stack.enter_context(Source(server, export, target))
@@ -187,9 +203,9 @@ class RestorePoint:
             )
             try:
                 source.read(
-                    runs_of(blocks),
+                    runs(blocks),
                     layer,
-                    rate=self._rate,
+                    rate=rate,
                     progress=self._advance(target, len(blocks), source.size),
                     watch=self._look_at_scratch,
                 )
@@ -235,6 +251,8 @@ class RestorePoint:
     def _opened(
         self, base: DiskBase, chain: tuple[str, ...], target: str, stack: ExitStack
     ) -> _Below:
+        from ..backup.digests import Digests
+
         layers = []
         for name in chain:
             manifest = self._points.get(name)
@@ -262,6 +280,10 @@ class RestorePoint:
         size: int,
     ) -> tuple[BitMap64, str | None]:
         """The blocks to read, and why it is all of them where that is so."""
+        from ..backup.block import BLOCK, block_count, blocks_of
+        from ..backup.digests import block_set
+        from . import difference
+
         whole = block_set([(0, block_count(size))])
         if below.base is None:
             return whole, below.reason
@@ -280,6 +302,8 @@ class RestorePoint:
         return blocks & whole, None
 
     def _advance(self, target: str, blocks: int, size: int) -> Callable[[int], None]:
+        from ..backup.block import BLOCK
+
         total = min(blocks * BLOCK, size)
         done = 0
         self.progress(target, 0, total)
@@ -358,8 +382,17 @@ class _Below:
     reason: str | None = None
 
 
+def _load() -> None:
+    """Load what is needed from the copying on; a failure shows there."""
+    with suppress(ImportError):
+        from ..backup import copying, layer, views  # noqa: F401
+        from . import difference  # noqa: F401
+
+
 def _archive(folder: Path) -> bytes:
     """The files of a folder as a tar archive."""
+    import tarfile
+
     if not folder.is_dir():
         raise FileNotFoundError(2, "there is no such folder", str(folder))
     output = io.BytesIO()

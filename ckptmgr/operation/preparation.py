@@ -52,6 +52,10 @@ class Copying(Protocol):
     targets: tuple[str, ...]
     pause: bool
 
+    def expect(self) -> None:
+        """The data is about to be served; called before QEMU is asked for it."""
+        ...
+
     def copy(self, history: History, checkpoint: Checkpoint, served: Served) -> None:
         """Read the data, and make the copy durable.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..checkpoint import Checkpoint, EngineName
-from ..consistency import shown_disks
+from ..checkpoint import Checkpoint, EngineName, shown_disks
 from ..document import format_libvirt
 from ..domain.known import is_known, known_names, known_parent
 from ..history import History

@@ -6,8 +6,14 @@ import logging
 from dataclasses import replace
 
 from ..align import find_disk
-from ..checkpoint import Checkpoint, CheckpointDisk, EngineName, Interval, State
-from ..consistency import shown_disks
+from ..checkpoint import (
+    Checkpoint,
+    CheckpointDisk,
+    EngineName,
+    Interval,
+    State,
+    shown_disks,
+)
 from ..document import format_libvirt, parse_libvirt
 from ..domain.disk import Disk
 from ..errors import (

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint import Checkpoint, EngineName, Interval, State, archived
+from ..checkpoint import Checkpoint, EngineName, Interval, State, archived, shown_disks
 from ..consistency import (
     Action,
     Adopt,
@@ -26,7 +26,6 @@ from ..consistency import (
     SetCurrent,
     Settle,
     examine,
-    shown_disks,
 )
 from ..errors import CkptmgrError, ConnectionFailed, StoreFailed
 from ..history import History

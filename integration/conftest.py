@@ -83,7 +83,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "together: one of several processes runs all of a module's tests on a stack"
     )
-    config.addinivalue_line("markers", "thorough: takes long; not with --quick")
+    config.addinivalue_line(
+        "markers", "thorough(engine, ...): takes long; not with --quick, or with these engines not"
+    )
     config.addinivalue_line("markers", "nested: also run in a host with nested KVM, on KVM")
     config.addinivalue_line(
         "markers",
@@ -110,8 +112,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped: list[pytest.Item] = []
     for item in items:
         belongs = _belongs(item, stand) and (long or not _only_long(item, stand))
-        too_long = quick and item.get_closest_marker("thorough") is not None
-        (kept if belongs and not too_long else dropped).append(item)
+        (kept if belongs and not (quick and _thorough(item)) else dropped).append(item)
         table.mark(item, stand)
         if item.get_closest_marker("together") and config.getoption("dist", "no") != "no":
             stack = dict(item.user_properties)["stack"]
@@ -163,6 +164,12 @@ def _belongs(item: pytest.Item, stand: str) -> bool:
         return bool(needs & {"stacks", "stand", "local"})
     callspec = getattr(item, "callspec", None)
     return stand in needs or (callspec is not None and stand in callspec.params.values())
+
+
+def _thorough(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    engine = None if callspec is None else callspec.params.get("engine")
+    return any(not mark.args or engine in mark.args for mark in item.iter_markers("thorough"))
 
 
 def _only_long(item: pytest.Item, stand: str) -> bool:

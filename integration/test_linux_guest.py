@@ -49,6 +49,7 @@ def test_diff_is_exactly_what_the_guest_wrote_between_checkpoints(
                     assert disk.extents() == rounded(expected, GRANULARITY)
 
 
+@pytest.mark.thorough
 def test_checkpoints_during_writes_miss_none_and_cut_between_two(
     guest: Guest, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_host_ends_with_its_runner_even_if_that_is_killed(folder: Path) -> Non
         time.sleep(0.05)
 
 
+@pytest.mark.thorough
 def test_two_hosts_listen_on_loopback_only_and_a_host_that_does_not_boot_is_an_error(
     folder: Path,
 ) -> None:

@@ -437,7 +437,7 @@ def test_a_restore_that_was_interrupted_is_completed(halfway: Backups) -> None:
     small_and_right(halfway, "thursday", "monday")
 
 
-@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("running", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_what_a_domain_wrote_before_it_was_settled_is_never_taken_for_unchanged(
     halfway: Backups, running: bool
 ) -> None:

@@ -146,6 +146,7 @@ def hanging(
     return make_vm_on(embedded, **linux), boot
 
 
+@pytest.mark.thorough
 def test_a_guest_that_hangs_at_its_start_is_looked_at_and_started_again(
     hanging: tuple[Machine, guest.Boot], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -263,6 +263,7 @@ def test_damage_in_several_places_is_all_found(kept: Kept) -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_an_interrupted_prune_is_no_damage(tmp_path: Path) -> None:
     from .test_prune import calls_of, copies, killed_at
 

@@ -38,7 +38,11 @@ def after_job(scene: Branches, job: str, *, resized: bool = False) -> None:
 
 
 @pytest.mark.parametrize(
-    "resized", [pytest.param(False, id=""), pytest.param(True, id="after a resize", marks=own)]
+    "resized",
+    [
+        pytest.param(False, id=""),
+        pytest.param(True, id="after a resize", marks=[own, pytest.mark.thorough]),
+    ],
 )
 @pytest.mark.parametrize("job", JOBS)
 def test_an_external_snapshot_and_a_block_job_of_others(

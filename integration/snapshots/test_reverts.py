@@ -141,7 +141,17 @@ def test_a_checkpoint_of_the_same_instant(make: MakeBranches) -> None:
 
 
 @own
-@pytest.mark.parametrize("gone", [("c1",), ("c2",), ("c1", "c2"), ("c2", "c1"), ("r",)], ids=str)
+@pytest.mark.parametrize(
+    "gone",
+    [
+        ("c1", "c2"),
+        *(
+            pytest.param(names, marks=pytest.mark.thorough)
+            for names in (("c1",), ("c2",), ("c2", "c1"), ("r",))
+        ),
+    ],
+    ids=str,
+)
 def test_a_deleted_checkpoint_that_a_snapshot_names(scene: Branches, gone: tuple[str, ...]) -> None:
     scene.create("c3")
     made = scene.revert("s2")
@@ -279,6 +289,7 @@ def _writes_on(machine: Machine) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.thorough("monitor")
 def test_not_one_write_of_a_running_guest_escapes(
     stand: Stand, engine: str, tmp_path: Path
 ) -> None:

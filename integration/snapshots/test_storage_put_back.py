@@ -87,6 +87,7 @@ def test_storage_goes_back(copied: tuple[Branches, Copies], xml: bool, only: str
 
 
 @own
+@pytest.mark.thorough("monitor")
 def test_storage_goes_back_and_forth(copied: tuple[Branches, Copies], tmp_path: Path) -> None:
     scene, copies = copied
     younger = Copies.take(scene, tmp_path / "younger")

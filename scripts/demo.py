@@ -8,105 +8,45 @@ embedded in a temporary folder.  Nothing outside that folder is touched and noth
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from stage import CKPTMGR, Stage, perform, screen, tell
 
-from rich.console import Console
-
-from integration.stand import MIB, DiskSpec, Workspace, adopt, reap, rounded
+from integration.stand import MIB, DiskSpec, Workspace, rounded
 from integration.stand.accel import domain_type
-from integration.stand.guest import MEMORY, Boot, Shell
-from integration.stand.libvirts import qemu_conf
-from integration.stand.machine import domain_xml
+from integration.stand.guest import Shell
 
 DISKS = (
     DiskSpec("vda", size=256 * MIB, backing=("qcow2",)),
     DiskSpec("vdb", size=1024 * MIB),
 )
 
-screen = Console(highlight=False, soft_wrap=True)
 
-
-class Demo:
+class Demo(Stage):
     """The machine, and the commands that are shown."""
 
     def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        self._root = workspace.folder("r")
-        self._uri = f"qemu:///embed?root={self._root}"
-        log = f"3:file:{self._root}/libvirt.log"
-        self._environment = {**os.environ, "LIBVIRT_LOG_OUTPUTS": log}
-        self._environment["LIBVIRT_DEFAULT_URI"] = self._uri
-        self._ckptmgr = str(Path(sys.executable).with_name("ckptmgr"))
+        super().__init__(workspace)
         self._shell: Shell | None = None
-        self.images: dict[str, Path] = {}
 
-    # --- the machine ------------------------------------------------------------------------
-
-    def start(self) -> None:
+    def begin(self) -> None:
         """Define and start the VM, and wait until its Linux answers."""
-        (self._root / "etc").mkdir()
-        (self._root / "etc/qemu.conf").write_text(qemu_conf())
-        images = self._workspace.folder("i")
-        paths = {disk.target: path for disk in DISKS if (path := disk.make(images))}
-        self.images = paths
-        boot = Boot.prepare(self._workspace.folder("g"))
-        definition = images / "demo.xml"
-        definition.write_text(
-            domain_xml(
-                "demo",
-                DISKS,
-                paths,
-                memory=MEMORY,
-                os_elements=boot.os_elements,
-                devices=boot.devices,
-            )
-        )
-        self._virsh("define", str(definition))
-        self._virsh("start", "demo")
-        self._record()
-        self._shell = Shell(boot)
-
-    def _record(self) -> None:
-        """See that the VM ends with this program."""
-        self._workspace.record(int((self._root / "run/qemu/demo.pid").read_text()))
+        self._shell = self.start("demo", DISKS)
 
     def came_back(self) -> None:
         """The VM's QEMU was replaced by a revert: talk to the new one."""
-        self._record()
-        boot = self.guest.boot
-        self.guest.close()
-        self._shell = Shell(boot)
-
-    def folder(self, name: str) -> Path:
-        """A new folder that ends with this program."""
-        return self._workspace.folder(name)
-
-    def _virsh(self, *arguments: str) -> None:
-        done = subprocess.run(
-            ["virsh", "-q", "-c", self._uri, *arguments],
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise SystemExit(f"virsh {arguments[0]}: {done.stderr.strip()}")
+        self.record("demo")
+        self._shell = self.again(self.guest)
 
     @property
     def guest(self) -> Shell:
         """The VM's command line."""
-        assert self._shell is not None  # noqa: S101 -- start() comes first
+        assert self._shell is not None  # noqa: S101 -- begin() comes first
         return self._shell
 
     def write(self, written: Mapping[str, Sequence[tuple[int, int]]], what: str) -> None:
@@ -120,37 +60,25 @@ class Demo:
             for offset, length in each:
                 self.guest.write(disk, offset, length)
 
-    # --- the commands -----------------------------------------------------------------------
-
     def show(self, *arguments: str) -> None:
         """Run a ckptmgr command as the user would, and let it print."""
         screen.print(f"\n[bold]$ {shlex.join(['ckptmgr', *arguments])}[/]")
-        subprocess.run([self._ckptmgr, *arguments], env=self._environment, check=True)
+        subprocess.run([CKPTMGR, *arguments], env=self.environment, check=True)
 
     def extents(self, *arguments: str) -> dict[str, list[tuple[int, int]]]:
         """What ``ckptmgr diff`` says, disk -> extents."""
-        command = [self._ckptmgr, "-q", "--json", "diff", "--extents", *arguments]
-        done = subprocess.run(command, env=self._environment, check=True, stdout=subprocess.PIPE)
+        command = [CKPTMGR, "-q", "--json", "diff", "--extents", *arguments]
+        done = subprocess.run(command, env=self.environment, check=True, stdout=subprocess.PIPE)
         disks = json.loads(done.stdout)["disks"]
         return {disk["name"]: [tuple(each) for each in disk["extents"]] for disk in disks}
 
     def same(self, image: Path, target: str) -> bool:
         """Whether an image reads as the disk of the VM, which writes nothing now."""
-        self._virsh("suspend", "demo")
+        self.quietly("virsh", "-q", "suspend", "demo")
         command = ["qemu-img", "compare", "-q", "-U", str(image), str(self.images[target])]
         same = subprocess.run(command, check=False).returncode == 0
-        self._virsh("resume", "demo")
+        self.quietly("virsh", "-q", "resume", "demo")
         return same
-
-    def close(self) -> None:
-        """Hang up; the workspace ends the machine."""
-        if self._shell is not None:
-            self._shell.close()
-
-
-def tell(text: str) -> None:
-    """A line of explanation."""
-    screen.print(f"\n[cyan]{text}[/]")
 
 
 def run(demo: Demo) -> None:
@@ -158,7 +86,7 @@ def run(demo: Demo) -> None:
     begun = time.monotonic()
     accelerator = "KVM" if domain_type() == "kvm" else "TCG (no working KVM here)"
     tell(f"Starting a Linux VM with two disks on an embedded libvirt, {accelerator} ...")
-    demo.start()
+    demo.begin()
     screen.print(f"[dim]it runs after {time.monotonic() - begun:.0f} s[/]")
 
     tell("1. A checkpoint is a point in time of all disks: from here on, writes are tracked.")
@@ -204,7 +132,7 @@ def run(demo: Demo) -> None:
 
 def back_up(demo: Demo) -> None:
     """Backups across a revert, and a restore."""
-    repository = str(demo.folder("b"))
+    repository = str(demo.workspace.folder("b"))
     tell("5. A backup: the first is a full one, the next has what changed.")
     demo.show("backup", "demo", repository, "friday", "--compress", "zstd")
     demo.write({"vda": [(40 * MIB, MIB)]}, "some work")
@@ -224,7 +152,7 @@ def back_up(demo: Demo) -> None:
 
     tell("7. Is the repository whole? And does the VM's present state come out of it?")
     demo.show("verify", repository)
-    restored = demo.folder("o")
+    restored = demo.workspace.folder("o")
     demo.show("restore", repository, "demo", "sunday", str(restored), "--flatten")
     for disk in DISKS:
         if not demo.same(restored / f"{disk.target}.qcow2", disk.target):
@@ -232,30 +160,14 @@ def back_up(demo: Demo) -> None:
     screen.print("\n[green]Compared: the restored disks are those of the VM, byte for byte.[/]")
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def main() -> int:
-    """Run the demonstration; whatever happens, leave nothing behind."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminated)
-    adopt()
-    reap()
+def play(workspace: Workspace) -> None:
+    """All of it."""
+    demo = Demo(workspace)
     try:
-        with Workspace() as workspace:
-            demo = Demo(workspace)
-            try:
-                run(demo)
-            finally:
-                demo.close()
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    signal.signal(number, signal.SIG_IGN)
-                screen.print("\n[dim]cleaning up: the VM, its disks and its libvirt[/]")
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        run(demo)
+    finally:
+        demo.close()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(perform(play))

@@ -10,6 +10,7 @@ import libvirt
 from lxml import etree
 
 from integration.stand import Machine
+from integration.stand.patience import patiently
 
 
 def overlay(machine: Machine, *targets: str) -> dict[str, Path]:
@@ -77,7 +78,7 @@ def _pivot(machine: Machine, target: str) -> None:
         state = machine.domain.blockJobInfo(target, 0)
         return bool(state) and state["cur"] == state["end"] and state["end"] > 0
 
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patiently(20)
     while True:
         _until(ready)
         try:
@@ -91,8 +92,8 @@ def _pivot(machine: Machine, target: str) -> None:
             return
 
 
-def _until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + patiently(20)
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError("the block job does not get to its end")

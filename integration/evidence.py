@@ -262,21 +262,3 @@ def wipe(machine: Machine) -> None:
     for image in _images(machine):
         for bitmap in _held(image):
             subprocess.run(["qemu-img", "bitmap", "--remove", image, bitmap["name"]], check=True)
-
-
-def snapshot(machine: Machine, *targets: str) -> None:
-    """``virsh snapshot-create --disk-only`` of some disks: each gets an overlay."""
-    overlays = {target: machine.images[target].with_suffix(".over.qcow2") for target in targets}
-    disks = "".join(
-        f"<disk name='{disk.target}' snapshot='external'><source file='{overlays[disk.target]}'/>"
-        "<driver type='qcow2'/></disk>"
-        if disk.target in overlays
-        else f"<disk name='{disk.target}' snapshot='no'/>"
-        for disk in machine.disks
-    )
-    machine.domain.snapshotCreateXML(
-        f"<domainsnapshot><disks>{disks}</disks></domainsnapshot>",
-        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
-        | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
-    )
-    machine.images.update(overlays)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from integration.block_jobs import overlay
 from integration.conftest import MakeMachine
-from integration.evidence import DISKS, Timeline, bitmaps, domain_of, known, on_tops, snapshot
+from integration.evidence import DISKS, Timeline, bitmaps, domain_of, known, on_tops
 from integration.stand import Machine
 
 QCOW2 = {"vda", "vdb", "sda"}
@@ -73,10 +74,10 @@ def test_differences_and_deletions_reach_through_overlays(
     machine, tracked = story.machine, {"vda", "vdb"}
     story.create("c0", engine)
     story.timeline.scatter()
-    snapshot(machine, "vda", "vdb")
+    overlay(machine, "vda", "vdb")
     story.create("c1", engine)
     story.timeline.scatter()
-    snapshot(machine, "vda")
+    overlay(machine, "vda")
     story.create("c2", engine)
     story.timeline.scatter()
     domain = domain_of(machine, tmp_path, engine)
@@ -98,7 +99,7 @@ def test_a_stopped_machine_is_read_through_its_overlays(
     story = Story(make_vm(TWO), tmp_path)
     story.create("c0", "libvirt")
     story.timeline.scatter()
-    snapshot(story.machine, "vda", "vdb")
+    overlay(story.machine, "vda", "vdb")
     story.timeline.scatter()
     story.machine.stop()
     story.create("c1", "offline")

@@ -15,7 +15,7 @@ from integration.nested import Host, Image, Lan
 from integration.stand import StandError, Workspace
 from integration.stand.guest import kernel
 from integration.stand.patience import patiently
-from integration.stand.workspace import _started
+from integration.stand.workspace import birth
 
 
 @pytest.fixture
@@ -59,12 +59,12 @@ def test_a_host_ends_with_its_runner_even_if_that_is_killed(folder: Path) -> Non
     try:
         assert run.stdout is not None
         pid = int(run.stdout.readline())
-        assert _started(pid) is not None
+        assert birth(pid) is not None
     finally:
         run.send_signal(signal.SIGKILL)
         run.communicate()
     deadline = time.monotonic() + patiently(10)
-    while _started(pid) is not None:
+    while birth(pid) is not None:
         assert time.monotonic() < deadline, "QEMU has outlived its runner"
         time.sleep(0.05)
 

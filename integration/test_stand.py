@@ -30,7 +30,7 @@ from integration.stand import (
     starts,
 )
 from integration.stand.accel import runs
-from integration.stand.workspace import _started
+from integration.stand.workspace import birth
 from integration.traces import holding, naming
 
 
@@ -216,14 +216,14 @@ def test_a_run_that_was_killed_is_cleared_away_by_the_next(parent: Path) -> None
         assert run.stdout is not None
         machine = int(run.stdout.readline())
         assert reap(parent) == []  # it is alive: not ours to touch
-        assert _started(machine) is not None
+        assert birth(machine) is not None
     finally:
         run.send_signal(signal.SIGKILL)
         run.communicate()
     (workspace,) = parent.iterdir()
     (workspace / "processes").unlink()  # killed before it could be noted down
     assert reap(parent) == [workspace]
-    assert _started(machine) is None
+    assert birth(machine) is None
     assert list(parent.iterdir()) == []
 
 

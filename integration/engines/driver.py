@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import libvirt
-
 from ckptmgr.checkpoint import Checkpoint, CheckpointDisk, EngineName, State
 from ckptmgr.dirtymap import DirtyMap
 from ckptmgr.document import format_libvirt, format_request
@@ -199,24 +197,6 @@ def extents(maps: dict[str, DirtyMap]) -> dict[str, list[tuple[int, int]]]:
 
 def of(driver: Driver, marked: dict[str, list[tuple[int, int]]]) -> dict[str, Any]:
     return {target: marked[target] for target in driver.targets}
-
-
-def snapshot(machine: Machine, *targets: str) -> None:
-    """An external snapshot of some disks, as `virsh snapshot-create-as --disk-only` makes it."""
-    disks = "".join(
-        f"<disk name='{disk.target}' snapshot='external'>"
-        f"<source file='{machine.folder}/{disk.target}.overlay'/></disk>"
-        if disk.target in targets
-        else f"<disk name='{disk.target}' snapshot='no'/>"
-        for disk in machine.disks
-    )
-    machine.domain.snapshotCreateXML(
-        f"<domainsnapshot><disks>{disks}</disks></domainsnapshot>",
-        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
-        | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
-    )
-    for target in targets:
-        machine.images[target] = Path(f"{machine.folder}/{target}.overlay")
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from ckptmgr.errors import BitmapBroken, Busy
+from integration.block_jobs import overlay
 from integration.conftest import MakeMachine
 from integration.stand import MIB, Machine, Stand
 
-from .driver import DISKS, LIBVIRT, MONITOR, OFFLINE, Driver, extents, holding, snapshot
+from .driver import DISKS, LIBVIRT, MONITOR, OFFLINE, Driver, extents, holding
 
 
 @pytest.mark.each_release
@@ -31,7 +32,7 @@ def test_delete_reaches_through_the_backing_chain(running: Driver) -> None:
         running.targets.remove("vdc")
     running.create("c0")
     running.create("c1", "c0")
-    snapshot(machine, "vda", "vdb")
+    overlay(machine, "vda", "vdb")
     before = nodes(machine)
     assert len([entry for entry in running.bitmaps() if entry[2] == "c0"]) == 4
     running.engine.run(running.delete_plan("c0").steps)
@@ -54,7 +55,7 @@ def test_an_offline_delete_reaches_through_the_backing_chain(
 ) -> None:
     machine = make_vm_on(stand, DISKS[:2])
     Driver(machine, MONITOR).create("c0")
-    snapshot(machine, "vda")
+    overlay(machine, "vda")
     machine.stop()
     driver = Driver(machine, OFFLINE)
     assert len([entry for entry in driver.bitmaps() if entry[0] == "vda"]) == 2
@@ -84,7 +85,7 @@ def test_a_backing_image_that_others_use_is_not_touched(
     driver = Driver(machine, MONITOR)
     driver.create("c0")
     below = machine.images["vda"]
-    snapshot(machine, "vda")
+    overlay(machine, "vda")
     before, bitmaps = nodes(machine), driver.bitmaps()
     with holding(below):
         with pytest.raises(Busy) as caught:

@@ -14,6 +14,7 @@ from ckptmgr.document import format_libvirt
 from ckptmgr.engine.qemu_img import serve
 from ckptmgr.nbd import read_dirty_map
 from ckptmgr.plan.steps import CheckpointRedefine, Export
+from integration.block_jobs import overlay
 from integration.conftest import MakeMachine
 from integration.stand import MIB, Stand
 
@@ -27,7 +28,6 @@ from .driver import (
     Writes,
     extents,
     of,
-    snapshot,
 )
 
 
@@ -108,7 +108,7 @@ def test_an_interval_is_whole_across_an_external_snapshot(running: Driver) -> No
         running.targets.remove("vdc")  # libvirt's snapshots keep persistent bitmaps alone
     running.create("c0")
     machine.write("vda", 1 * MIB, MIB)
-    snapshot(machine, "vda")
+    overlay(machine, "vda")
     machine.write("vda", 9 * MIB, MIB)
     machine.write("vdb", 9 * MIB, MIB)
     assert extents(running.create("c1", "c0").maps) == of(running, writes.since())

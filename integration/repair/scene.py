@@ -149,6 +149,16 @@ class Scene:
         self.goes_on()
 
 
+@contextmanager
+def three_checkpoints(machine: Machine, store: Path, state: str = "stopped") -> Iterator[Scene]:
+    """The scene of a machine that has none yet."""
+    with ckptmgr.connect(machine.uri, store=store) as host:
+        scene = Scene(machine, host, store, Timeline(machine), state)
+        for name in NAMES:
+            scene.create(name)
+        yield scene
+
+
 class Prepared:
     """A machine with three checkpoints, made once; each test gets it as it was then.
 
@@ -159,11 +169,8 @@ class Prepared:
         self._state = state
         self._images, self._store = folder / "images", folder / "store"
         self._machine = machine = Machine(stand, DISKS, state=state)
-        self._timeline = Timeline(machine)
-        with ckptmgr.connect(machine.uri, store=self._store) as host:
-            scene = Scene(machine, host, self._store, self._timeline, state)
-            for name in NAMES:
-                scene.create(name)
+        with three_checkpoints(machine, self._store, state) as scene:
+            self._timeline = scene.timeline
             assert scene.codes() == set()
         if machine.active:
             machine.stop()

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import libvirt
 
-import ckptmgr
 from ckptmgr.consistency import consistent
+from integration import block_jobs
 from integration.conftest import MakeMachine
-from integration.evidence import Timeline, files, unchanged
-from integration.stand import MIB, Machine
+from integration.evidence import files, unchanged
+from integration.stand import MIB
 
-from .scene import BOTH, DISKS, NAMES, REDEFINE, Scene, opened, running
+from .scene import BOTH, DISKS, NAMES, REDEFINE, Scene, opened, running, three_checkpoints
 
 
 def _redefine(scene: Scene, change: Callable[[str], str]) -> None:
@@ -102,26 +101,9 @@ def test_a_disk_that_was_made_smaller(scene: Scene) -> None:
     assert scene.codes() == set()
 
 
-def _snapshot(scene: Scene) -> None:
-    """An external snapshot, disk only."""
-    overlays = "".join(
-        f"<disk name='{each}'><source file='{scene.machine.folder}/{each}.snap'/></disk>"
-        for each in sorted(BOTH)
-    )
-    flags = (
-        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
-        | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
-    )
-    scene.machine.domain.snapshotCreateXML(
-        f"<domainsnapshot><disks>{overlays}</disks></domainsnapshot>", flags
-    )
-    for each in BOTH:
-        scene.machine.images[each] = scene.machine.folder / f"{each}.snap"
-
-
 @running
 def test_a_snapshot_costs_nothing(scene: Scene) -> None:
-    _snapshot(scene)
+    block_jobs.overlay(scene.machine)
     scene.timeline.scatter()
     found = scene.domain.check()
     assert consistent(found)
@@ -132,7 +114,7 @@ def test_a_snapshot_costs_nothing(scene: Scene) -> None:
 
 @running
 def test_a_layer_smaller_than_its_overlay(scene: Scene) -> None:
-    _snapshot(scene)
+    block_jobs.overlay(scene.machine)
     scene.timeline.scatter()
     _grow(scene)
     scene.timeline.scatter()
@@ -141,20 +123,12 @@ def test_a_layer_smaller_than_its_overlay(scene: Scene) -> None:
     assert scene.known("c0") == {"vdb"}
 
 
-def _pull(machine: Machine, target: str) -> None:
-    machine.domain.blockPull(target)
-    deadline = time.monotonic() + 30
-    while machine.domain.blockJobInfo(target):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @running
 def test_a_bitmap_that_a_block_job_emptied_is_not_believed(scene: Scene) -> None:
     """Fact 23: without this, the next increment would be all clean."""
-    _snapshot(scene)
+    block_jobs.overlay(scene.machine)
     _grow(scene)
-    _pull(scene.machine, "vda")
+    block_jobs.pull(scene.machine, "vda")
     # libvirt and QEMU find nothing wrong with it:
     document = scene.domain.document("c2")
     validate = REDEFINE | libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
@@ -168,10 +142,7 @@ def test_an_image_that_another_program_is_writing_is_not_judged(
     """All its bitmaps are marked as in use, as after a crash, until that program ends."""
     machine = make_vm(DISKS, state="stopped")
     store = tmp_path / "store"
-    with ckptmgr.connect(machine.uri, store=store) as host:
-        scene = Scene(machine, host, store, Timeline(machine), "stopped")
-        for name in NAMES:
-            scene.create(name)
+    with three_checkpoints(machine, store) as scene:
         with opened(machine.images["vda"]):
             (bitmap, *_) = machine.bitmaps("vda").values()
             assert "in-use" in bitmap["flags"]
@@ -187,10 +158,7 @@ def test_an_image_that_is_lost_is_named_and_closed_intervals_are_still_told(
 ) -> None:
     machine = make_vm(DISKS, state="stopped")
     store = tmp_path / "store"
-    with ckptmgr.connect(machine.uri, store=store) as host:
-        scene = Scene(machine, host, store, Timeline(machine), "stopped")
-        for name in NAMES:
-            scene.create(name)
+    with three_checkpoints(machine, store) as scene:
         scene.domain.archive()
         machine.images["vda"].unlink()
         assert scene.codes() == {"unreadable-image"}

@@ -10,10 +10,10 @@ import pytest
 
 import ckptmgr
 from integration.conftest import MakeMachine
-from integration.evidence import Timeline, has_checkpoints, known
+from integration.evidence import has_checkpoints, known
 from integration.stand import Daemon, DiskSpec
 
-from .scene import BOTH, DISKS, NAMES, Scene, set_marker
+from .scene import BOTH, DISKS, Scene, set_marker, three_checkpoints
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,8 @@ def test_libvirt_s_list_comes_back_after_a_rename_and_a_restart_of_the_daemon(
     """Fact 25: libvirt writes the files to the wrong folder when a domain is renamed."""
     machine = make_vm_on(daemon, DISKS, state="stopped")
     store = tmp_path / "store"
-    with ckptmgr.connect(machine.uri, store=store) as host:
-        scene = Scene(machine, host, store, Timeline(machine), "stopped")
-        for name in NAMES:
-            scene.create(name)
+    with three_checkpoints(machine, store) as scene:
+        assert scene.codes() == set()
     uuid = machine.domain.UUIDString()
     machine.domain.rename(f"{machine.name}-renamed")
     machine.name += "-renamed"

@@ -31,7 +31,7 @@ _KINDS = ("libvirtd", "qemu-")
 """How the names begin of programs that a run leaves running when it is killed."""
 
 
-def _started(pid: int) -> str | None:
+def birth(pid: int) -> str | None:
     """When process `pid` started, in clock ticks since boot; None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -53,7 +53,7 @@ def _namespace() -> str:
 def _end(pid: int, started: str, seconds: float = 5) -> None:
     """Kill that very process and wait until it is gone."""
     deadline = time.monotonic() + seconds
-    while _started(pid) == started and time.monotonic() < deadline:
+    while birth(pid) == started and time.monotonic() < deadline:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
@@ -76,7 +76,7 @@ class Workspace:
         # a QEMU that runs as another user has to reach its images
         self.path.chmod(0o755)
         owner = os.getpid()
-        (self.path / "owner").write_text(f"{owner} {_started(owner)} {_boot()} {_namespace()}\n")
+        (self.path / "owner").write_text(f"{owner} {birth(owner)} {_boot()} {_namespace()}\n")
         self._next = 0
         self._guard = _guard(self.path) if guarded else None
 
@@ -95,7 +95,7 @@ class Workspace:
 
     def record(self, pid: int) -> None:
         """Remember that this run started process `pid`."""
-        started = _started(pid)
+        started = birth(pid)
         if started is not None:
             with (self.path / "processes").open("a") as file:
                 file.write(f"{pid} {started}\n")
@@ -128,7 +128,7 @@ def _running(path: Path) -> Iterator[tuple[int, str]]:
     with contextlib.suppress(FileNotFoundError):
         for line in (path / "processes").read_text().splitlines():
             pid, _, started = line.partition(" ")
-            if _started(int(pid)) == started:
+            if birth(int(pid)) == started:
                 yield int(pid), started
 
 
@@ -141,7 +141,7 @@ def _unrecorded(path: Path) -> Iterator[tuple[int, str]]:
         with contextlib.suppress(OSError, ValueError):
             pid = int(process.name)
             ours = (process / "comm").read_text().startswith(_KINDS)
-            started = _started(pid)
+            started = birth(pid)
             command = (process / "cmdline").read_bytes()
             if ours and started is not None and os.fsencode(path) + b"/" in command:
                 yield pid, started
@@ -167,7 +167,7 @@ def reap(parent: Path | None = None) -> list[Path]:
             continue
         if boot != _boot():
             shutil.rmtree(path, ignore_errors=True)
-        elif namespace == _namespace() and _started(int(pid)) != started:
+        elif namespace == _namespace() and birth(int(pid)) != started:
             _clear(path)
         else:
             continue

@@ -237,7 +237,7 @@ def _name(data: bytes | None) -> str | None:
     if not data:
         return None
     if len(data) > NAME_MAX or b"\0" in data:
-        raise Malformed("a name in the header is none")
+        raise Malformed("a name in the header is not a valid name")
     return os.fsdecode(data)
 
 
@@ -299,7 +299,7 @@ def read_bitmaps(descriptor: int, header: Header) -> tuple[BitmapEntry, ...]:
     if where is None:
         return ()
     if where.size > _DIRECTORY_MAX or where.offset % header.cluster_size:
-        raise Malformed("the directory of bitmaps is where none can be")
+        raise Malformed("the directory of bitmaps is at a place where none can be")
     entries = parse_bitmaps(read(descriptor, where.size, where.offset), where.count)
     for entry in entries:
         if not entry.in_use:  # of others QEMU looks at nothing more
@@ -320,7 +320,9 @@ def _check_bitmap(descriptor: int, header: Header, entry: BitmapEntry) -> None:
     for where in unpack_table(data):
         inside = not where % header.cluster_size and where + header.cluster_size <= end
         if not (inside or where == _ALL_ONES):
-            raise Malformed(f"the table of bitmap {entry.name!r} names what is no cluster")
+            raise Malformed(
+                f"the table of bitmap {entry.name!r} names something that is not a cluster"
+            )
 
 
 def parse_bitmaps(data: bytes, count: int) -> tuple[BitmapEntry, ...]:

@@ -93,7 +93,9 @@ def parse_snapshot(text: str, *, current: bool = False) -> Snapshot:
     name = root.findtext("name")
     created = root.findtext("creationTime") or ""
     if root.tag != "domainsnapshot" or not name or not created.isdecimal():
-        raise InvalidDocument("libvirt's XML of a snapshot is not one of a snapshot")
+        raise InvalidDocument(
+            "what libvirt gave as the snapshot's XML is not the XML of a snapshot"
+        )
     memory = root.find("memory")
     return Snapshot(
         name=name,

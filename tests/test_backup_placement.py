@@ -72,7 +72,7 @@ def test_a_file_that_ends_within_a_sector_holds_all_of_the_sector() -> None:
         (Request("monday", FOLDER, onto={"vdc": FOLDER}), "no disk 'vdc'"),
         (Request("monday", onto={"vda": FOLDER}, flatten=True), "--flatten needs a folder"),
         (Request("monday", None, ("vda", "vdb"), {"vda": FOLDER}), "where to restore disk vdb"),
-        (Request("monday", FOLDER, ("vda",), {"vdb": FOLDER}), "vdb is not to be restored"),
+        (Request("monday", FOLDER, ("vda",), {"vdb": FOLDER}), "vdb has a volume"),
         (Request("monday", onto={"vda": FOLDER, "vdb": FOLDER}), "the same volume"),
     ],
 )

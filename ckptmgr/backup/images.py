@@ -64,7 +64,7 @@ class ImageFile:
             try:
                 self._descriptor = files.open_regular(path)
             except (FileNotFoundError, StoreDamaged) as error:
-                raise RepositoryDamaged(f"the image {path} is missing or no file") from error
+                raise RepositoryDamaged(f"the image {path} is missing or is not a file") from error
         try:
             with failing(path, "cannot be read"):
                 self._l1 = self._open()

@@ -141,7 +141,7 @@ def check_target(name: str) -> str:
     if TARGET.fullmatch(name):
         return name
     raise InvalidRequest(
-        f"disk {name[:40]!r} cannot be kept in a repository: its target is no plain word",
+        f"disk {name[:40]!r} cannot be kept in a repository: its target is not a plain word",
         hint="leave it out with --disk",
     )
 

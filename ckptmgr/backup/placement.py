@@ -113,7 +113,8 @@ def place(manifest: Manifest, request: Request, found: Mapping[str, Found]) -> t
     if request.folder is None:
         if not request.onto:
             raise InvalidRequest(
-                "it is not said where to restore to", hint="name a folder, or --onto a volume"
+                "it is not said where to restore to",
+                hint="name a folder, or give a volume with --onto",
             )
         if request.flatten:
             raise InvalidRequest("--flatten needs a folder; volumes are always written whole")
@@ -122,11 +123,13 @@ def place(manifest: Manifest, request: Request, found: Mapping[str, Found]) -> t
             if name not in request.onto:
                 raise InvalidRequest(
                     f"it is not said where to restore disk {name} to",
-                    hint="name a folder, or --onto a volume for it",
+                    hint="name a folder, or give a volume for it with --onto",
                 )
     for name in request.onto:
         if names and name not in names:
-            raise InvalidRequest(f"disk {name} is not to be restored, and yet --onto a volume")
+            raise InvalidRequest(
+                f"disk {name} has a volume (--onto), but is not one of the disks to restore"
+            )
     identities = [each.identity for each in found.values()]
     if len(set(identities)) != len(identities):
         raise InvalidRequest("two disks cannot be restored onto the same volume")

@@ -288,7 +288,9 @@ class Lineage:
         try:
             check_name(name)
         except InvalidRequest:
-            raise RepositoryDamaged("its folder's name is not that of a point") from None
+            raise RepositoryDamaged(
+                "its folder does not have the name of a restore point"
+            ) from None
         path = self.path / name / MANIFEST
         try:
             if path.lstat().st_size > _MANIFEST_MAX:

@@ -40,7 +40,7 @@ def accessible(folder: Path, name: str, hint: str) -> Path:
     """`folder`, for sockets of domain `name`.  Raises Unsupported if we cannot enter it."""
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         raise Unsupported(
-            f"{folder}, for sockets of domain {name!r}, is no folder that can be entered",
+            f"{folder}, for sockets of domain {name!r}, is not a folder that can be entered",
             hint=hint,
         )
     return folder

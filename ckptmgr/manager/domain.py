@@ -71,7 +71,7 @@ def _backup_request(
 ) -> operation.point.Request:
     limit = options.get("limit")
     if limit is not None and limit <= 0:
-        raise InvalidRequest(f"{limit} bytes per second are no limit to work with")
+        raise InvalidRequest(f"{limit} bytes per second is not a limit: it must be more than 0")
     return operation.point.Request(
         Path(repository).absolute(),
         name,

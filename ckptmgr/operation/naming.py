@@ -26,7 +26,7 @@ def checked_name(session: Session, loaded: Loaded, asked: str) -> str:
     check_name(asked)
     if asked == DISCARD:
         raise InvalidRequest(
-            f"{DISCARD} is the name of what libvirt is shown to remove a bitmap",
+            f"the name {DISCARD} is reserved: ckptmgr has libvirt remove bitmaps with it",
             hint="choose another name",
         )
     if asked in loaded.history.checkpoints or asked in loaded.damaged_names:
@@ -36,8 +36,8 @@ def checked_name(session: Session, loaded: Loaded, asked: str) -> str:
         )
     if asked in loaded.record.moved:
         raise CheckpointExists(
-            f"domain {session.adapter.name!r} had a checkpoint {asked!r} that was deleted, and has "
-            "snapshots, of which one may name it",
+            f"domain {session.adapter.name!r} had a checkpoint {asked!r}, which was deleted; "
+            "one of its snapshots may still refer to that one",
             hint="choose another name, or delete the snapshots first",
         )
     if is_known(session.adapter, asked):

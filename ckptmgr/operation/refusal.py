@@ -52,7 +52,7 @@ def _foreign(session: Session, what: str) -> Unsupported:
         f"domain {session.adapter.name!r}: {what} that is not ours, and QEMU reverts no image "
         "that has a bitmap",
         hint="`ckptmgr adopt` takes over libvirt's checkpoints; "
-        "`ckptmgr repair --foreign` removes bitmaps of nobody's",
+        "`ckptmgr repair --foreign` removes bitmaps that belong to nobody",
     )
 
 
@@ -76,8 +76,9 @@ def _stack(session: Session, snapshot: Snapshot) -> None:
         )
     if not session.active and adapter.has_saved_state():
         raise InvalidRequest(
-            f"domain {name!r} has a saved state, which would be loaded on other disks than it knew",
-            hint=f"start the domain, or give the state up: virsh managedsave-remove {name}",
+            f"domain {name!r} has a saved state (virsh managedsave), which would not fit its disks "
+            "after the revert",
+            hint=f"start the domain, or discard the saved state: virsh managedsave-remove {name}",
         )
 
 

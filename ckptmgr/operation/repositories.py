@@ -82,5 +82,5 @@ def _is_known(known: Mapping[str, str], repository: Repository) -> bool:
 def _gone(repository: Repository, whose: str) -> RepositoryFailed:
     return RepositoryFailed(
         f"the repository {repository.path} had restore points of {whose}, and there are none now",
-        hint="is its file system mounted? If it is to begin anew there, say --new",
+        hint="is its file system mounted? To begin a new repository there, use --new",
     )

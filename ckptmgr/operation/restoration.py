@@ -177,8 +177,10 @@ def _stands_still(session: Session) -> None:
         )
     if session.adapter.has_saved_state():
         raise InvalidRequest(
-            f"domain {name!r} has a saved state, which would be loaded on other disks than it knew",
-            hint=f"start the domain, or give the state up: virsh managedsave-remove {name}",
+            f"domain {name!r} has a saved state (virsh managedsave), which would not fit its disks "
+            "after the restore",
+            hint="start the domain and shut it down again, or discard the saved state: "
+            f"virsh managedsave-remove {name}",
         )
 
 

@@ -137,7 +137,7 @@ def _tails(value: object) -> dict[str, dict[str, str | None]]:
             raise StoreDamaged("it is not the record of a domain")
         for digest in disks.values():
             if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
-                raise StoreDamaged("it names a dirty map by what is no digest")
+                raise StoreDamaged("it names a dirty map by something that is not a digest")
         tails[_checkpoint_name(name)] = dict(disks)
     return tails
 
@@ -156,7 +156,7 @@ def _repositories(value: object) -> dict[str, str]:
         raise StoreDamaged("it is not the record of a domain")
     for key in value.values():
         if not isinstance(key, str) or _UUID.fullmatch(key) is None:
-            raise StoreDamaged("it names a lineage by what is no UUID")
+            raise StoreDamaged("it names a lineage by something that is not a UUID")
     return dict(value)
 
 

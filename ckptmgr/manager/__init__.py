@@ -11,7 +11,8 @@ Everything raises a subclass of ``ckptmgr.CkptmgrError``, one for each error cod
 ``docs/cli.md``.
 """
 
-from .domain import BackupOptions, Domain
+from .domain import Domain
 from .host import Host, connect
+from .options import BackupOptions
 
 __all__ = ["BackupOptions", "Domain", "Host", "connect"]

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, Unpack
 
 from .. import operation
 from ..document import format_libvirt, with_sizes
 from ..domain.adapter import DomainAdapter
-from ..errors import CkptmgrError, InvalidRequest, NoCheckpoint
+from ..errors import CkptmgrError, NoCheckpoint
 from ..operation.listing import recorded_disks, select, view
 from ..operation.observation import observe
 from ..operation.session import Session
 from ..views import CheckpointView, DiffView, DomainView, ListView, SnapshotView
+from .options import BackupOptions, backup_request
 
 if TYPE_CHECKING:
     from ..align import DiskRequest
@@ -42,47 +43,6 @@ def _names_domain(
             raise
 
     return named
-
-
-class BackupOptions(TypedDict, total=False):
-    """How `Domain.backup` makes a restore point.
-
-    full -- stand on no other point; default: of each disk what changed since the last one
-    disks -- targets or paths; default: all disks that hold data
-    compress -- with zstd
-    quiesce -- freeze the guest's file systems for that instant; default: if its agent is there
-    pause -- have the guest stand still for that instant
-    limit -- bytes per second; default: none
-    new -- begin anew where there were restore points that are not there any more; default: refuse,
-           since their file system may just not be mounted
-    """
-
-    full: bool
-    disks: Sequence[str]
-    compress: bool
-    quiesce: bool | None
-    pause: bool
-    limit: int | None
-    new: bool
-
-
-def _backup_request(
-    repository: str | Path, name: str | None, options: BackupOptions
-) -> operation.point.Request:
-    limit = options.get("limit")
-    if limit is not None and limit <= 0:
-        raise InvalidRequest(f"{limit} bytes per second is not a limit: it must be more than 0")
-    return operation.point.Request(
-        Path(repository).absolute(),
-        name,
-        full=options.get("full", False),
-        disks=tuple(options.get("disks", ())),
-        compress=options.get("compress", False),
-        quiesce=options.get("quiesce"),
-        pause=options.get("pause", False),
-        limit=limit,
-        new=options.get("new", False),
-    )
 
 
 class Domain:
@@ -246,7 +206,7 @@ class Domain:
         """
         lineage, made = operation.backup.backup(
             self._now,
-            _backup_request(repository, name, options),
+            backup_request(repository, name, options),
             progress or (lambda disk, done, total: None),
         )
         from ..backup.views import point_view  # loaded while the disks were made ready
@@ -262,7 +222,7 @@ class Domain:
         **options: Unpack[BackupOptions],
     ) -> Plan:
         """What backup() would do."""
-        asked = _backup_request(repository, name, options)
+        asked = backup_request(repository, name, options)
         return operation.backup.plan_backup(self._now, asked)
 
     @_names_domain

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import select
 import shutil
 import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from xml.sax.saxutils import escape
-
-import libvirt
 
 from ckptmgr.domain.connection import Connection, connect
 from integration.stand import StandError, Workspace
 from integration.stand.accel import domain_type
-from integration.stand.libvirts import LIBVIRTD_CONF, qemu_conf
+from integration.stand.libvirts import LIBVIRTD_CONF, Client, qemu_conf
 
 from .build import RELEASES, build, hold
 from .hooks import Hooks, programs
@@ -28,7 +25,7 @@ from .hooks import Hooks, programs
 _INIT = Path(__file__).with_name("init.py")
 
 
-class Stack:
+class Stack(Client):
     """A stack that runs; ``close`` ends it, and it does not outlive this process.
 
     kind -- its name
@@ -123,35 +120,9 @@ class Stack:
         self._tell(f"stop {(signal.SIGKILL if kill else signal.SIGTERM).value}")
         self._answer("stopped")
 
-    @property
-    def handle(self) -> libvirt.virConnect:
-        """libvirt's connection."""
-        return self.connection.handle
-
     def environment(self) -> Mapping[str, str]:
         """Nothing: the URI says it all."""
         return {}
-
-    def virsh(self, *arguments: str, check: bool = True) -> str:
-        """Run this machine's virsh against the stack and return what it printed."""
-        done = self.run(["virsh", "-q", "-c", self.uri, *arguments])
-        if check and done.returncode:
-            raise RuntimeError(f"virsh {' '.join(arguments)}: {done.stderr.strip()}")
-        return done.stdout if check else done.stdout + done.stderr
-
-    def run(
-        self, command: Sequence[str], *, timeout: float = 60
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a command of this machine; its output is text."""
-        return subprocess.run(
-            command,
-            env={**os.environ, "LC_ALL": "C.UTF-8"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
 
     def inside(self, *command: str) -> list[str]:
         """The command line that runs `command` inside the stack."""

@@ -114,7 +114,9 @@ class Stand(Protocol):
         ...
 
 
-class _Base:
+class Client:
+    """What the tests do with a libvirt that they reach by its URI."""
+
     kind: str
     uri: str
     workspace: Workspace
@@ -162,7 +164,7 @@ def embedded_root(workspace: Workspace) -> Path:
     return root
 
 
-class Embedded(_Base):
+class Embedded(Client):
     """``qemu:///embed?root=...`` in this process."""
 
     kind = "embedded"
@@ -181,7 +183,7 @@ class Embedded(_Base):
         self.connection.close()
 
 
-class System(_Base):
+class System(Client):
     """The system's own libvirt: in a host that is there for the tests alone."""
 
     kind = "system"
@@ -221,7 +223,7 @@ def _mount(*arguments: str | Path) -> None:
         raise StandError(done.stderr.strip())
 
 
-class Daemon(_Base):
+class Daemon(Client):
     """A libvirtd of our own: the system driver for root, else the session driver.
 
     For root, call ``private_mounts`` first.

@@ -18,12 +18,15 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from errno import EACCES, ECONNREFUSED, ECONNRESET, ENOENT, EPERM, EPIPE
+from typing import TYPE_CHECKING
 
 import nbd
 
 from .dirtymap import GRANULARITY_MIN, DirtyMap
 from .errors import BitmapBroken, OperationFailed
-from .plan.steps import Export, Server
+
+if TYPE_CHECKING:
+    from .plan.steps import Export, Server
 
 DIRTY = 1
 """NBD_STATE_DIRTY of the qemu:dirty-bitmap contexts."""

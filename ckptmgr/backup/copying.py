@@ -18,14 +18,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import nbd
 
 from .. import nbd as nbd_client
 from ..errors import OperationFailed
-from ..plan.steps import Server
 from .block import BLOCK, ZERO, block_count, digest
+
+if TYPE_CHECKING:
+    from ..plan.steps import Server
 
 T = TypeVar("T")
 

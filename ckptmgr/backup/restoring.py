@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint import EngineName
 from ..errors import InvalidRequest, NoPoint, RepositoryDamaged, RestoreFailed
-from ..plan.steps import Direct, Plan
 from ..views import DomainView
 from .manifest import Manifest
 from .placement import Found, Request, look, place
@@ -18,6 +18,9 @@ from .points import Points
 from .repository import Lineage, Loaded, Repository
 from .staging import Progress, Staged, check, install, staged
 from .views import RestoredDisk, RestoreView
+
+if TYPE_CHECKING:
+    from ..plan.steps import Plan
 
 FOLDER_MODE = 0o711
 """Of a folder that is made: QEMU, which runs as another user, must get through."""
@@ -94,6 +97,8 @@ def restore(kept: Kept, request: Request, lock_timeout: float, progress: Progres
 
 def plan_restore(kept: Kept, request: Request) -> Plan:
     """What restore() would do; nothing is touched."""
+    from ..plan.steps import Direct, Plan  # which a restore itself does without
+
     request = settled(request)
     places = place(kept.manifest, request, volumes(request.onto))
     check(kept.lineage, kept.points, kept.manifest, places)

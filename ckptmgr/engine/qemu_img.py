@@ -15,7 +15,7 @@ import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..domain.locks import in_use
 from ..errors import (
@@ -26,8 +26,10 @@ from ..errors import (
     OperationFailed,
     Unsupported,
 )
-from ..plan.steps import ImageBitmap
 from .private import private_folder
+
+if TYPE_CHECKING:
+    from ..plan.steps import ImageBitmap
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 

@@ -23,7 +23,8 @@ from ckptmgr.operation.session import lost_current, with_current
 from ckptmgr.operation.sources import open_ended
 from ckptmgr.store import DomainRecord, DomainStore, Intent, Store, files
 
-from .test_consistency import C3, DISKS, disk, projected, recorded_as
+from .observations import C3, disk, projected, recorded_as
+from .strategies import DISKS
 
 UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
 MARKER = Marker("c2", 3)

@@ -17,6 +17,8 @@ import pytest
 
 import ckptmgr
 from ckptmgr.backup.manifest import Manifest
+from ckptmgr.engine.libvirt import LibvirtEngine
+from ckptmgr.errors import OperationFailed
 from integration.command import CommandLine
 from integration.conftest import MakeMachine
 from integration.evidence import bitmaps, everything, known
@@ -173,6 +175,24 @@ def test_the_domain_ends_in_the_middle(
         (message,) = [line for line in said.splitlines() if line.startswith("ckptmgr: error: ")]
         assert vm.machine.name in message
         assert "vda" in message
+    vm.goes_on(reason=True)
+
+
+def test_a_domain_that_ends_just_before_its_job_is_not_called_unsupported(
+    disturbed: MakeDisturbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = disturbed()
+    look = LibvirtEngine._job_running
+
+    def and_end(engine: LibvirtEngine) -> bool:
+        running = look(engine)
+        vm.machine.domain.destroy()
+        return running
+
+    with monkeypatch.context() as patch, vm.domain() as domain:
+        patch.setattr(LibvirtEngine, "_job_running", and_end)
+        with pytest.raises(OperationFailed, match="ended before the backup job began"):
+            domain.backup(vm.repository, "second")
     vm.goes_on(reason=True)
 
 

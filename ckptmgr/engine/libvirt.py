@@ -11,7 +11,7 @@ from ..checkpoint import EngineName
 from ..domain.adapter import DomainAdapter
 from ..domain.binding import libvirt
 from ..domain.failure import OPERATION_INVALID, translate
-from ..errors import BitmapBroken, Busy, NoCheckpoint, OperationFailed
+from ..errors import BitmapBroken, Busy, NoCheckpoint, OperationFailed, Unsupported
 from ..plan.libvirt import serves, tracked_disks, with_disks
 from ..plan.steps import (
     BackupBegin,
@@ -141,6 +141,13 @@ class LibvirtEngine:
             # "Checkpoint 'c1' for incremental backup of disk 'vda' not found"
             found = re.search(r"backup of disk '([^']*)'", error.message)
             raise BitmapBroken(error.message, disk=found[1] if found else None) from error
+        except Unsupported as error:
+            # "cannot perform disk backup for inactive domain": it was running when we looked.
+            if self.adapter.active():
+                raise
+            raise OperationFailed(
+                f"domain {self.adapter.name!r} ended before the backup job began"
+            ) from error
 
     def _end(self, step: BackupEnd) -> None:
         # The job goes on for some milliseconds after it was told to end.  Until it is gone, libvirt

@@ -30,6 +30,8 @@ DISKS = (
 )
 NAMES = tuple(f"c{number}" for number in range(5))
 
+of_the_store = pytest.mark.not_on_stacks("what is new in it is decided by the store alone")
+
 
 class Scene:
     """A machine, one engine, and five checkpoints."""
@@ -111,6 +113,7 @@ def test_the_history_goes_on_with_one_bitmap(scene: Scene) -> None:
     assert [view.parent for view in views] == [None, *names[:-1]]
 
 
+@of_the_store
 def test_archived_checkpoints_are_deleted_and_their_maps_joined(scene: Scene) -> None:
     scene.domain.archive()
     scene.domain.delete("c1")
@@ -119,6 +122,7 @@ def test_archived_checkpoints_are_deleted_and_their_maps_joined(scene: Scene) ->
     scene.left("c4")
 
 
+@of_the_store
 def test_the_only_bitmap_that_records_is_kept_until_there_is_another(scene: Scene) -> None:
     scene.domain.archive()
     with (
@@ -178,6 +182,7 @@ def test_a_bitmap_is_kept_that_alone_knows_what_changed(scene: Scene) -> None:
         scene.timeline.check(scene.domain, name, None, scene.tracked)
 
 
+@of_the_store
 def test_bitmaps_that_are_gone_already_are_no_obstacle(scene: Scene) -> None:
     for name in ("c0", "c1"):
         if scene.machine.active:
@@ -188,6 +193,7 @@ def test_bitmaps_that_are_gone_already_are_no_obstacle(scene: Scene) -> None:
     scene.timeline.check_all(scene.domain, NAMES, scene.tracked)
 
 
+@of_the_store
 def test_the_setting_archives_at_each_create(scene: Scene) -> None:
     settings = Settings(keep_bitmaps=2)
     engine = ckptmgr.EngineName(scene.engine)

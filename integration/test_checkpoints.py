@@ -75,7 +75,6 @@ def scene(shared: tuple[str, Machine], tmp_path: Path) -> Iterator[Scene]:
     wipe(machine)
 
 
-@pytest.mark.each_release
 def test_diff_is_what_was_written_for_every_pair_and_after_deletions(scene: Scene) -> None:
     for name in NAMES:
         scene.timeline.scatter()
@@ -129,6 +128,7 @@ def test_untracked_disks_have_the_reason_in_the_output(scene: Scene) -> None:
         assert "--engine monitor" in str(caught.value.hint)
 
 
+@pytest.mark.each_release
 def test_children_go_with_their_bitmaps(scene: Scene) -> None:
     for at, name in enumerate(NAMES):
         scene.create(name)

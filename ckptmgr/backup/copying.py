@@ -25,14 +25,12 @@ import nbd
 from .. import nbd as nbd_client
 from ..errors import OperationFailed
 from .block import BLOCK, ZERO, block_count, digest
+from .rate import REQUEST, UNLIMITED, Rate
 
 if TYPE_CHECKING:
     from ..plan.steps import Server
 
 T = TypeVar("T")
-
-REQUEST = 16
-"""Blocks of a request at most: 1 MiB, with which a connection is fastest."""
 
 BUFFERS = 6
 """Requests that are on their way from a server to the disk at any time, for each thread that
@@ -175,23 +173,6 @@ class Reader(Protocol, Generic[T]):
         ...
 
 
-class Rate:
-    """A limit of bytes per second, of all disks together; None: none."""
-
-    def __init__(self, limit: int | None) -> None:
-        self._limit = limit
-        self._due = 0.0
-
-    def wait(self, length: int) -> float:
-        """Seconds to wait before `length` bytes may be asked for."""
-        if self._limit is None:
-            return 0.0
-        now = time.monotonic()
-        wait = max(0.0, self._due - now)
-        self._due = max(self._due, now) + length / self._limit
-        return wait
-
-
 class Source:
     """The NBD export of a disk; more connections than one are opened when there is more to read.
 
@@ -249,8 +230,10 @@ class Source:
 
     # --- what is to be read ------------------------------------------------------------------
 
-    def _pieces(self, runs: Runs) -> Iterator[tuple[bool, int, int]]:
-        """``(zero, first, count)``: what the server says is zero, and requests for the rest."""
+    def _pieces(self, runs: Runs, most: int) -> Iterator[tuple[bool, int, int]]:
+        """``(zero, first, count)``: what the server says is zero, and requests for the rest, of
+        `most` blocks.
+        """
         total = block_count(self.size)
         for part in _spans(runs):
             first, past = part[0][0], min(sum(part[-1]), total)
@@ -267,7 +250,7 @@ class Source:
                         stop = min(end, high)
                         yield True, begin, stop - begin
                     else:
-                        stop = min(end, low, begin + REQUEST)
+                        stop = min(end, low, begin + most)
                         yield False, begin, stop - begin
                     begin = stop
 
@@ -293,7 +276,7 @@ class Source:
         runs: Runs,
         reader: Reader[T],
         *,
-        rate: Rate | None = None,
+        rate: Rate = UNLIMITED,
         progress: Callable[[int], None] = lambda length: None,
         watch: Callable[[], None] = lambda: None,
     ) -> None:
@@ -309,9 +292,9 @@ class Source:
         batch = Batch()
         room = BUFFERS * reader.workers
         with self._failing(), Order(reader, progress, watch, buffers=room) as order:
-            for zero, first, count in self._pieces(runs):
+            for zero, first, count in self._pieces(runs, rate.request):
                 length = min(count * BLOCK, self.size - first * BLOCK)
-                seconds = 0.0 if zero or rate is None else rate.wait(length)
+                seconds = 0.0 if zero else rate.wait(length)
                 if seconds > 0 or not batch.fits(0 if zero else length):
                     self._send(batch, flying, order)
                     batch = Batch()
@@ -509,7 +492,6 @@ def read_blocks(
     consume: Callable[[int, memoryview, Sequence[bytes]], None],
     zero: Callable[[int, int], None],
     *,
-    rate: Rate | None = None,
     progress: Callable[[int], None] = lambda length: None,
 ) -> None:
     """Read blocks with their digests.
@@ -520,4 +502,4 @@ def read_blocks(
 
     Both are called in the order of the blocks.  Raises as `Source.read`.
     """
-    source.read(runs, _Consumer(consume, zero), rate=rate, progress=progress)
+    source.read(runs, _Consumer(consume, zero), progress=progress)

@@ -14,7 +14,7 @@ from pyroaring import BitMap64
 from ..engine.qemu_img import serve_image
 from ..errors import CkptmgrError, OperationFailed, RepositoryDamaged
 from .block import BLOCK, block_count, block_length, digest
-from .copying import Rate, Source, read_blocks
+from .copying import Source, read_blocks
 from .digests import Digests, held, runs
 from .failure import failing
 from .header import read_header
@@ -82,7 +82,6 @@ class Extraction:
         self,
         sink: Sink,
         *,
-        rate: Rate | None = None,
         progress: Callable[[int], None] = lambda length: None,
     ) -> None:
         """Write all blocks that are not zero to `sink`.
@@ -93,11 +92,11 @@ class Extraction:
         """
 
         if self._source is None:
-            self._copy_files(sink, rate, progress)
+            self._copy_files(sink, progress)
         else:
-            self._copy_served(self._source, sink, rate, progress)
+            self._copy_served(self._source, sink, progress)
 
-    def _copy_files(self, sink: Sink, rate: Rate | None, progress: Callable[[int], None]) -> None:
+    def _copy_files(self, sink: Sink, progress: Callable[[int], None]) -> None:
         def consume(first: int, data: memoryview, digests: Sequence[bytes], layer: int) -> None:
             expected = self._digests[layer].of(first, len(digests))
             if digests != expected:
@@ -106,15 +105,13 @@ class Extraction:
             sink.write(first, data)
 
         try:
-            read_images(self._images, self._digests, consume, rate=rate, progress=progress)
+            read_images(self._images, self._digests, consume, progress=progress)
         except RepositoryDamaged as error:
             if error.hint is not None:
                 raise
             raise _unreadable(self._layers[0].point, self._disk, error) from error
 
-    def _copy_served(
-        self, source: Source, sink: Sink, rate: Rate | None, progress: Callable[[int], None]
-    ) -> None:
+    def _copy_served(self, source: Source, sink: Sink, progress: Callable[[int], None]) -> None:
         def consume(first: int, data: memoryview, digests: Sequence[bytes]) -> None:
             for number, found in enumerate(digests):
                 start = number * BLOCK
@@ -126,7 +123,7 @@ class Extraction:
 
         self._compare_cut()
         try:
-            read_blocks(source, runs(self._data), consume, zero, rate=rate, progress=progress)
+            read_blocks(source, runs(self._data), consume, zero, progress=progress)
         except OperationFailed as error:
             raise _unreadable(self._layers[0].point, self._disk, error) from error
 

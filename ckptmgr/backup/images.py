@@ -33,10 +33,11 @@ from ..qcow2 import (
 )
 from ..store import files
 from .block import BLOCK
-from .copying import REQUEST, Batch, Chunk, Order, Rate
+from .copying import Batch, Chunk, Order
 from .digests import Digests, held, runs
 from .failure import failing
 from .qcow2 import CLUSTER_BITS, CSIZE_SHIFT, ENTRIES
+from .rate import REQUEST
 
 _BUFFERS = 24
 """Of 1 MiB, between reading and writing."""
@@ -219,7 +220,6 @@ def read_images(
     digests: Sequence[Digests],
     consume: Consume,
     *,
-    rate: Rate | None = None,
     progress: Callable[[int], None] = lambda length: None,
 ) -> None:
     """Read every block that is seen with data through a chain of images of one size, ascending.
@@ -243,8 +243,6 @@ def read_images(
                     order.put(batch)
                     order.check()
                     batch = Batch()
-                if rate is not None:
-                    order.pause(rate.wait(length))
                 while batch.buffer is None:
                     batch.buffer = order.buffer()
                     if batch.buffer is None:

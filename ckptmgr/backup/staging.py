@@ -18,7 +18,6 @@ from pathlib import Path
 from ..engine.qemu_img import check_free
 from ..errors import Busy, CkptmgrError, InvalidRequest, RepositoryFailed, RestoreFailed
 from . import overlays, temporaries
-from .copying import Rate
 from .extraction import Extraction, check_image, opened
 from .manifest import Manifest
 from .placement import Kind, Place
@@ -82,7 +81,6 @@ def staged(
     token: str | None = None,
     announce: Announce = lambda names: None,
     progress: Progress = lambda disk, done, of: None,
-    rate: Rate | None = None,
 ) -> Iterator[Work]:
     """Write the disks in `places`; what has no name of its own when the block ends is removed.
 
@@ -112,7 +110,7 @@ def staged(
                 done.append(_overlay(lineage, manifest, place, names[place.disk]))
             else:
                 name = names.get(place.disk)
-                done.append(_stage(sources[place.disk], place, name, progress, rate))
+                done.append(_stage(sources[place.disk], place, name, progress))
         yield Work(done, [place.disk for place in places])
 
 
@@ -268,7 +266,6 @@ def _stage(
     place: Place,
     temporary: Path | None,
     progress: Progress,
-    rate: Rate | None,
 ) -> Staged:
     with _writing(place):
         sink = _sink(place, temporary)
@@ -284,7 +281,7 @@ def _stage(
         with _writing(place):
             if isinstance(sink, Volume):
                 sink.clear()
-            source.copy(sink, rate=rate, progress=step)
+            source.copy(sink, progress=step)
             if temporary is not None and place.kind is Kind.REPLACEMENT:
                 _take_after(temporary, place.path)
             sink.close()

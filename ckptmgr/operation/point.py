@@ -29,8 +29,8 @@ from .session import Session
 if TYPE_CHECKING:
     from pyroaring import BitMap64
 
-    from ..backup.copying import Rate
     from ..backup.digests import Digests
+    from ..backup.rate import Rate
 
 log = logging.getLogger("ckptmgr")
 
@@ -139,7 +139,7 @@ class RestorePoint:
 
     def copy(self, history: History, checkpoint: Checkpoint | None, served: Served) -> None:
         """Copy the disks, and what is beside them."""
-        from ..backup.copying import Rate
+        from ..backup.rate import Rate
 
         if self._session.choice.engine is not EngineName.OFFLINE:
             # Now, since a domain that has ended has no such folder.

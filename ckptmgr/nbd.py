@@ -46,6 +46,8 @@ APPEAR_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
 """Seconds for the server to answer a request."""
 
+_FAREWELL = 2.0
+
 # ENOENT: no socket, or no such export.  A qemu-nbd that cannot open its image has its socket
 # before it finds that out; `check` then tells why.
 _NOT_YET = (ENOENT, ECONNREFUSED, ECONNRESET, EPIPE)
@@ -147,13 +149,14 @@ def connect(
     server: Server,
     name: str,
     disk: str,
-    context: str,
+    context: str | None,
     *,
     check: Callable[[], None] = lambda: None,
     timeout: float = APPEAR_TIMEOUT,
 ) -> nbd.NBD:
     """A handle on export `name`, of `disk`, with a metadata context, if the server has that.
 
+    context -- None: none, and simple replies
     check -- called between tries; raises if the server can no longer appear
 
     libvirt's exports appear after its server is up, and qemu-nbd's socket after its start; so a
@@ -163,7 +166,10 @@ def connect(
     while True:
         handle = nbd.NBD()
         handle.set_export_name(name)
-        handle.add_meta_context(context)
+        if context is None:
+            handle.set_request_structured_replies(False)
+        else:
+            handle.add_meta_context(context)
         try:
             _begin(handle, server)
             while not handle.aio_is_ready():
@@ -222,10 +228,16 @@ def _connect(server: Server, export: Export, check: Callable[[], None], timeout:
 
 
 def disconnect(handle: nbd.NBD) -> None:
-    """Say good-bye to a server."""
-    # The server may have gone; what was asked of it has been answered, or has failed by itself.
+    """Say good-bye to a server, and wait a little for it to hear that."""
+    # It may have gone; what was asked of it has been answered, or has failed by itself.  One that
+    # waits for its storage hears nothing, and nbd_shutdown(3) would wait with it, for ever.
+    deadline = time.monotonic() + _FAREWELL
     with contextlib.suppress(nbd.Error):
-        handle.shutdown()
+        handle.aio_disconnect(0)
+        while not (handle.aio_is_closed() or handle.aio_is_dead()):
+            left = deadline - time.monotonic()
+            if left <= 0 or handle.poll(max(1, int(left * 1000))) == 0:
+                return
 
 
 def poll(handle: nbd.NBD, deadline: float, disk: str) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from errno import EIO
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import nbd
@@ -25,6 +26,7 @@ import nbd
 from .. import nbd as nbd_client
 from ..errors import OperationFailed
 from .block import BLOCK, ZERO, block_count, digest
+from .defect import Extent, first_defect, unreadable
 from .rate import REQUEST, UNLIMITED, Rate
 
 if TYPE_CHECKING:
@@ -218,11 +220,15 @@ class Source:
         self.close()
 
     @contextmanager
-    def _failing(self) -> Iterator[None]:
+    def _failing(self, asked: Callable[[], Iterable[Extent]] = tuple) -> Iterator[None]:
+        """asked -- what of the disk was asked for and had not come"""
         try:
             yield
         except nbd.Error as error:
             self._check()
+            found = first_defect(self._server, self._name, self.disk, asked())
+            if found is not None:
+                raise unreadable(self.disk, found) from error
             raise OperationFailed(
                 f"reading disk {self.disk} over NBD failed: {error.string}",
                 hint="did the domain end, or its host run out of memory or disk?",
@@ -260,14 +266,28 @@ class Source:
             return
         end = min(past * BLOCK, self.size)
         context = nbd_client.ALLOCATION
-        runs = nbd_client.status(self._handle, context, self.disk, first * BLOCK, end)
-        zero = ((start, length, bool(flags & _READS_ZERO)) for start, length, flags in runs)
-        for start, length in nbd_client.join(zero):
-            low = -(-start // BLOCK)
-            reach = start + length
-            high = block_count(reach) if reach == self.size else reach // BLOCK
-            if low < high:
-                yield low, high
+        known = first * BLOCK
+
+        def zero() -> Iterator[tuple[int, int, bool]]:
+            nonlocal known
+            for start, length, flags in nbd_client.status(
+                self._handle, context, self.disk, known, end
+            ):
+                known = start + length
+                yield start, length, bool(flags & _READS_ZERO)
+
+        try:
+            for start, length in nbd_client.join(zero()):
+                low = -(-start // BLOCK)
+                reach = start + length
+                high = block_count(reach) if reach == self.size else reach // BLOCK
+                if low < high:
+                    yield low, high
+        except nbd.Error as error:
+            if error.errnum != EIO:
+                raise
+            # What the image says of itself there is not to be had.
+            raise unreadable(self.disk, (known, end - known)) from error
 
     # --- reading -----------------------------------------------------------------------------
 
@@ -290,8 +310,15 @@ class Source:
         # Where this fails, the server's answers may still come into the buffers of what is flying.
         flying: _Flying = deque()
         batch = Batch()
+
+        def asked() -> Iterator[Extent]:
+            for each in (*flying, batch):
+                for item in each.items:
+                    if isinstance(item, Chunk):
+                        yield item.first * BLOCK, len(item.data)
+
         room = BUFFERS * reader.workers
-        with self._failing(), Order(reader, progress, watch, buffers=room) as order:
+        with self._failing(asked), Order(reader, progress, watch, buffers=room) as order:
             for zero, first, count in self._pieces(runs, rate.request):
                 length = min(count * BLOCK, self.size - first * BLOCK)
                 seconds = 0.0 if zero else rate.wait(length)
@@ -308,8 +335,8 @@ class Source:
                     batch.buffer = self._buffer(flying, order)
                     batch.handle = self._next()
                 chunk = Chunk(first, *batch.room(length))
-                batch.cookies.append(batch.handle.aio_pread(chunk.room, first * BLOCK))
                 batch.items.append(chunk)
+                batch.cookies.append(batch.handle.aio_pread(chunk.room, first * BLOCK))
             self._send(batch, flying, order)
             self._land_all(flying, order)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import ckptmgr
+from ckptmgr.backup import images
 from ckptmgr.backup.block import BLOCK
 from ckptmgr.backup.catalogue import Catalogue
 from ckptmgr.backup.volume import MARK
@@ -82,6 +86,52 @@ def test_damage_below_is_told_of_the_point_where_it_is(
     catalogue.restore("web", "tuesday", tmp_path / "whole", flatten=True)
     with pytest.raises(ckptmgr.RepositoryDamaged, match=f"offset {5 * BLOCK}; tuesday stands on"):
         catalogue.restore("web", "monday", tmp_path / "to", flatten=True)
+
+
+@pytest.fixture
+def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+    """Have a byte of a file be on a sector that cannot be read."""
+
+    def lose(path: Path, lost: int) -> None:
+        there = path.stat().st_ino
+
+        def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+            if os.fstat(descriptor).st_ino == there and offset <= lost < offset + len(buffers[0]):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return os.preadv(descriptor, buffers, offset)
+
+        system = SimpleNamespace(**{**vars(os), "preadv": preadv})
+        monkeypatch.setattr(images, "os", system)
+
+    return lose
+
+
+def test_an_image_that_cannot_be_read_is_told_with_its_place(
+    catalogue: Catalogue, tmp_path: Path, lose: Callable[[Path, int], None]
+) -> None:
+    """Nothing looks restored, and a volume says that it is half written."""
+    path = image(catalogue, "monday")
+    lose(path, path.read_bytes().index(content("monday")[5 * BLOCK : 5 * BLOCK + 64]) + 512)
+    volume = tmp_path / "volume"
+    volume.write_bytes(b"old" * BLOCK * 4)
+    folder: dict[str, Any] = {"folder": tmp_path / "to", "flatten": True}
+    for place, said in (
+        (folder, ""),
+        ({"onto": {"vda": volume}}, f"{volume} is half written"),
+    ):
+        with pytest.raises(ckptmgr.RepositoryFailed) as raised:
+            catalogue.restore("web", "monday", **place)
+        told = (
+            "disk vda of restore point monday cannot be read: "
+            f"{path} cannot be read from offset {5 * BLOCK} on: Input/output error"
+        )
+        assert told in raised.value.message
+        assert said in raised.value.message
+        assert "verify" in str(raised.value.hint)
+    assert not (tmp_path / "to").exists()
+    assert volume.read_bytes().startswith(MARK)
+    # tuesday has zeroes there of its own
+    catalogue.restore("web", "tuesday", tmp_path / "to", flatten=True)
 
 
 def test_a_volume_on_which_damage_was_found_is_said_to_be_half_written(

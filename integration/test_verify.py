@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,10 +23,12 @@ import ckptmgr
 from ckptmgr.backup.block import BLOCK
 from ckptmgr.backup.repository import Repository
 from ckptmgr.cli import main
+from ckptmgr.engine import qemu_img
 
 from .kept_points import Kept, peek, shown
 from .test_prune import damage, fork, points_path, tree, week
 
+BLOCKS = range(0, 12 * BLOCK, BLOCK)
 ALL = {"mo", "tu", "we", "th", "fr", "sa"}
 
 
@@ -94,6 +97,34 @@ def test_a_flipped_bit_of_data_is_found_with_all_that_stands_on_it(kept: Kept) -
     assert f"byte {block * BLOCK} " in finding["message"]
     assert not found(kept, "web", "fr")["sound"]
     assert found(kept, "web", "mo")["sound"]
+
+
+def test_an_image_that_cannot_be_read_is_named_with_all_that_stands_on_it(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all others it is still told whether they are whole."""
+    image = points_path(kept, "tu", "vdb")
+    block, at = next(
+        (number, at)
+        for number, data in enumerate(kept.contents["tu"]["vdb"][each:][:64] for each in BLOCKS)
+        if any(data) and (at := image.read_bytes().find(data)) > 0
+    )
+    rule = {"event": "none", "iotype": "read", "sector": at // 512 + 3, "errno": errno.EIO}
+
+    def name(path: str, driver: str = "qcow2", **options: Any) -> str:
+        file: dict[str, Any] = {"driver": "file", "filename": path}
+        if Path(path) == image:
+            file = {"driver": "blkdebug", "image": file, "inject-error": [rule]}
+        return "json:" + json.dumps({"driver": driver, "file": file, **options})
+
+    monkeypatch.setattr(qemu_img, "image_name", name)
+    shutil.rmtree(kept.lineage.path / "sa")
+    view = ckptmgr.repository(kept.repository).verify()
+    (finding,) = view.findings
+    assert (finding.code, finding.point, finding.disk) == ("unreadable-image", "tu", "vdb")
+    assert set(finding.affected) == {"tu", "we", "th", "fr"}
+    where = f"disk vdb cannot be read at offset {block * BLOCK + 3 * 512}: Input/output error"
+    assert where in finding.message
 
 
 def test_a_deleted_middle_point_is_named(kept: Kept) -> None:

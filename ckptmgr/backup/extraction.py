@@ -12,7 +12,7 @@ from typing import Protocol
 from pyroaring import BitMap64
 
 from ..engine.qemu_img import serve_image
-from ..errors import CkptmgrError, OperationFailed, RepositoryDamaged
+from ..errors import CkptmgrError, OperationFailed, RepositoryDamaged, RepositoryFailed
 from .block import BLOCK, block_count, block_length, digest
 from .copying import Source, read_blocks
 from .digests import Digests, held, runs
@@ -88,7 +88,8 @@ class Extraction:
 
         progress -- called with the bytes that were done since the last call
 
-        Raises RepositoryDamaged at the first block that is not what it was, and what `sink` raises.
+        Raises RepositoryDamaged at the first block that is not what it was, RepositoryFailed at one
+        that cannot be read, and what `sink` raises.
         """
 
         if self._source is None:
@@ -110,6 +111,12 @@ class Extraction:
             if error.hint is not None:
                 raise
             raise _unreadable(self._layers[0].point, self._disk, error) from error
+        except RepositoryFailed as error:
+            raise RepositoryFailed(
+                f"disk {self._disk} of restore point {self._layers[0].point} cannot be read: "
+                f"{error.message}",
+                hint=error.hint,
+            ) from error
 
     def _copy_served(self, source: Source, sink: Sink, progress: Callable[[int], None]) -> None:
         def consume(first: int, data: memoryview, digests: Sequence[bytes]) -> None:

@@ -16,6 +16,8 @@ _HINTS = {
     errno.EROFS: "its file system is read-only: it can be read, verified and restored from",
     errno.ENOSPC: "free some space on its file system; `ckptmgr prune` lets points go",
     errno.EDQUOT: "free some space within the quota; `ckptmgr prune` lets points go",
+    errno.EIO: "check the file system of the repository, and the log of the host's kernel; "
+    "`ckptmgr verify` names all that is damaged",
     errno.ENOENT: "is the file system of the repository mounted?",
     errno.ESTALE: "is the file system of the repository mounted?",
 }

@@ -95,8 +95,10 @@ class ImageFile:
         Raises RepositoryDamaged, RepositoryFailed.
         """
         with failing(self.path, "cannot be read"):
-            for start, length, entry in self._extents(first, len(data)):
-                part = data[start : start + length]
+            extents = tuple(self._extents(first, len(data)))
+        for start, length, entry in extents:
+            part = data[start : start + length]
+            with failing(self.path, f"cannot be read from offset {first * BLOCK + start} on"):
                 if entry & COMPRESSED:
                     self._decompress(entry, part)
                 else:

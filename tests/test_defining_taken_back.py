@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ckptmgr.errors import CkptmgrError, NoDomain, OperationFailed
-from ckptmgr.operation import defining
-from ckptmgr.operation.defining import take_back_interrupted
+from ckptmgr.operation import inception
+from ckptmgr.operation.inception import take_back_interrupted
 from ckptmgr.store import Intent, Store
 
 UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
@@ -37,7 +37,7 @@ def interrupted(store: Store, folder: Path, **changes: Any) -> None:
     temporary.hardlink_to(folder / "vda.qcow2")
     (folder / "tpm").mkdir()
     (folder / "tpm" / "permall").write_text("state")
-    files = {str(path): defining._identity(path) for path in folder.glob("[vno]*.*")}
+    files = {str(path): inception._identity(path) for path in folder.glob("[vno]*.*")}
     data = {
         "uri": URI,
         "domain": "web2",

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ckptmgr.errors import RestoreFailed
-from ckptmgr.operation.defining import _mac, _unpack
+from ckptmgr.operation.copies import unpack
+from ckptmgr.operation.defining import _mac
 
 
 def archive(*members: tuple[str, bytes], link: str | None = None) -> bytes:
@@ -31,7 +32,7 @@ def archive(*members: tuple[str, bytes], link: str | None = None) -> bytes:
 def test_the_state_of_a_tpm_is_unpacked_and_known(tmp_path: Path) -> None:
     written: list[Path] = []
     folder = tmp_path / "swtpm" / "uuid"
-    _unpack(archive(("tpm2/state", b"secret"), ("tpm2/.lock", b"")), folder, written)
+    unpack(archive(("tpm2/state", b"secret"), ("tpm2/.lock", b"")), folder, written)
     assert (folder / "tpm2/state").read_bytes() == b"secret"
     assert (folder / "tpm2/state").stat().st_mode & 0o777 == 0o600
     assert written == [
@@ -46,19 +47,19 @@ def test_the_state_of_a_tpm_is_unpacked_and_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../state", "/etc/state", "a/../../state"])
 def test_no_file_of_an_archive_gets_out_of_its_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(RestoreFailed, match="has a file"):
-        _unpack(archive((name, b"x")), tmp_path / "tpm", [])
+        unpack(archive((name, b"x")), tmp_path / "tpm", [])
     assert not (tmp_path / "state").exists()
 
 
 def test_links_are_passed_over_and_nothing_is_overwritten(tmp_path: Path) -> None:
     folder = tmp_path / "tpm"
-    _unpack(archive(("state", b"x"), link="/etc"), folder, [])
+    unpack(archive(("state", b"x"), link="/etc"), folder, [])
     assert [path.name for path in folder.iterdir()] == ["state"]
     with pytest.raises(RestoreFailed, match="exists"):
-        _unpack(archive(("state", b"y")), folder, [])
+        unpack(archive(("state", b"y")), folder, [])
     assert (folder / "state").read_bytes() == b"x"
     with pytest.raises(RestoreFailed):
-        _unpack(b"no archive" * 100, folder, [])
+        unpack(b"no archive" * 100, folder, [])
 
 
 def test_addresses_are_qemus_and_differ() -> None:

@@ -9,7 +9,7 @@ from ..checkpoint import EngineName
 from ..errors import CkptmgrError, ConnectionFailed, StoreDamaged, StoreFailed
 from ..plan.steps import CheckpointDelete
 from ..store import Intent, Loaded
-from . import archive, creation, deletion, reversion
+from . import archive, creation, deletion, replacement, reversion
 from .noticing import notice
 from .pausing import go_on
 from .session import Session
@@ -54,14 +54,12 @@ def settle(session: Session) -> None:
     elif intent.operation == "revert":
         reversion.settle(session, intent)
     elif intent.operation == "restore":
-        from . import restoration  # libnbd, which few commands need
-
-        restoration.settle(session, intent)
+        replacement.settle(session, intent)
     elif intent.operation == "define":
-        from . import defining
+        from . import inception  # libnbd, which few commands need
 
         log.warning("completing the interrupted restore of point %s", names)
-        defining.settle(session, intent)
+        inception.settle(session, intent)
     elif intent.operation == "freeze":
         thaw(session)
         session.store.clear_intent()

@@ -176,6 +176,28 @@ def test_killed_at_any_step_it_is_settled_by_what_is_there(
     assert all(disk.reason is None for disk in last.disks)
 
 
+def is_taken_back(host: ckptmgr.Host, name: str, folder: Path) -> bool:
+    """Have `repair` take back what there is of a domain that libvirt never knew; whether there was
+    anything, and then whoever asks for that domain is told.
+    """
+    with pytest.raises(ckptmgr.NoDomain) as caught:
+        host.domain(name)
+    plan = host.plan_take_back(name)
+    cured = host.take_back(name)
+    assert (plan is None) == (not cured)
+    if not cured:
+        assert "interrupted" not in caught.value.message
+        assert not folder.exists() or list(folder.iterdir()) == []
+        return False
+    assert cured[0].message in caught.value.message
+    assert f"repair {name}" in str(caught.value.hint)
+    assert not folder.exists()
+    with pytest.raises(ckptmgr.NoDomain) as caught:
+        host.domain(name)
+    assert "interrupted" not in caught.value.message
+    return True
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("flatten", [True, False], ids=["images", "overlays"])
 def test_killed_while_a_domain_is_made_it_is_taken_back_or_completed(
@@ -185,7 +207,9 @@ def test_killed_while_a_domain_is_made_it_is_taken_back_or_completed(
     flatten: bool,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Whatever is done next: the same again where libvirt does not know it, else any command."""
+    """Whatever is done next: the same again, or `repair`, where libvirt does not know it; else any
+    command.
+    """
     stride = 1 if request.config.getoption("--long") else 7
     kernel = tmp_path / "vmlinuz"
     kernel.write_bytes(b"a kernel")
@@ -202,7 +226,7 @@ def test_killed_while_a_domain_is_made_it_is_taken_back_or_completed(
     folder, new = tmp_path / "new", f"{machine.name}-new"
     domain_store = Store(backups.store)
     seen = []
-    known_at_once = 0
+    known_at_once = repaired = 0
     for number in itertools.count(2 if flatten else 5, stride):
         where = killed(
             "define",
@@ -214,6 +238,9 @@ def test_killed_while_a_domain_is_made_it_is_taken_back_or_completed(
         defined = new in [each.name() for each in daemon.handle.listAllDomains()]
         known_at_once += defined
         with ckptmgr.connect(machine.uri, store=backups.store) as host:
+            if not defined and number // stride % 2:
+                repaired += is_taken_back(host, new, folder)
+                assert set(domain_store.domains()) == {machine.domain.UUIDString()}, where
             if not defined:
                 options: dict[str, Any] = {"name": new, "flatten": flatten}
                 host.restore(backups.repository, machine.name, "monday", folder, **options)
@@ -240,6 +267,7 @@ def test_killed_while_a_domain_is_made_it_is_taken_back_or_completed(
         if where == END:
             break
     assert 0 < known_at_once < len(seen)
+    assert repaired
 
 
 @pytest.mark.parametrize("stride", [3])

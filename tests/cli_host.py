@@ -282,6 +282,10 @@ RESTORED = RestoreView(
 )
 
 
+UNFINISHED = Finding("intent", "a restore to web2 was interrupted", "it is removed")
+"""Of the domain web2, which there is not."""
+
+
 @dataclass
 class Host:
     """Stands where ckptmgr.manager.Host does; knows one domain."""
@@ -303,6 +307,16 @@ class Host:
     def plan_restore(self, *arguments: Any, **options: Any) -> Plan:
         self.only._note("plan_define", *arguments, **options)
         return PLAN
+
+    def unfinished(self, name: str) -> Finding | None:
+        return UNFINISHED if name == "web2" else None
+
+    def take_back(self, name: str) -> tuple[Finding, ...]:
+        self.only._note("take_back", name)
+        return (UNFINISHED,) if name == "web2" else ()
+
+    def plan_take_back(self, name: str) -> Plan | None:
+        return PLAN if name == "web2" else None
 
     def domain_names(self) -> list[str]:
         return ["web", "my vm", "a,b", "$(reboot)"]

@@ -14,7 +14,17 @@ from ckptmgr.align import DiskRequest
 from ckptmgr.cli import main
 from ckptmgr.cli.checkpoints import DOCUMENT_MAX
 
-from .cli_host import DIFF, DOMAIN, FINDINGS, FORK, PLAN, Host, checkpoint, host_fixture
+from .cli_host import (
+    DIFF,
+    DOMAIN,
+    FINDINGS,
+    FORK,
+    PLAN,
+    UNFINISHED,
+    Host,
+    checkpoint,
+    host_fixture,
+)
 
 __all__ = ["host_fixture"]
 
@@ -283,6 +293,18 @@ def test_what_is_harmless_is_told_and_is_consistent(
     monkeypatch.setattr(host.only, "check", lambda: FINDINGS[1:])
     assert lines(capsys, "check", "web")[-1] == "consistent"
     assert document(capsys, "check", "web")["consistent"] is True
+
+
+def test_what_was_left_of_a_domain_that_never_came_to_be_is_told_and_cured(
+    host: Host, capsys: Output
+) -> None:
+    assert lines(capsys, "check", "web2", status=4)[0] == f"intent: {UNFINISHED.message}"
+    document(capsys, "repair", "web2", "--dry-run")
+    assert host.only.asked == []
+    assert lines(capsys, "repair", "web2") == [f"cured intent: {UNFINISHED.message}", "consistent"]
+    assert host.only.asked == [("take_back", ("web2",), {})]
+    for words in (("check",), ("repair",), ("repair", "--dry-run")):
+        document(capsys, *words, "web3", status=3)
 
 
 def test_repair_tells_what_was_cured_and_what_is_left(

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ckptmgr.errors import CkptmgrError, NoDomain, OperationFailed
-from ckptmgr.operation import inception
-from ckptmgr.operation.inception import take_back_interrupted
+from ckptmgr.errors import CkptmgrError, NoDomain, OperationFailed, ReadOnlyConnection
+from ckptmgr.operation import inception, remnants
+from ckptmgr.operation.remnants import take_back_interrupted
 from ckptmgr.store import Intent, Store
 
 UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
@@ -21,6 +21,7 @@ class Connection:
 
     def __init__(self, uri: str = URI, answer: CkptmgrError | None = None) -> None:
         self.uri = uri
+        self.read_only = False
         self._answer = answer or NoDomain("none")
 
     def lookup(self, key: str) -> None:
@@ -37,7 +38,7 @@ def interrupted(store: Store, folder: Path, **changes: Any) -> None:
     temporary.hardlink_to(folder / "vda.qcow2")
     (folder / "tpm").mkdir()
     (folder / "tpm" / "permall").write_text("state")
-    files = {str(path): inception._identity(path) for path in folder.glob("[vno]*.*")}
+    files = {str(path): inception.identity_of(path) for path in folder.glob("[vno]*.*")}
     data = {
         "uri": URI,
         "domain": "web2",
@@ -117,3 +118,46 @@ def test_what_is_under_way_is_not_touched(tmp_path: Path) -> None:
     with store.domain(UUID).lock(0):
         take_back(store, Connection())
     assert names(folder) == there
+
+
+def test_who_asks_for_that_domain_is_told_and_can_have_it_taken_back(tmp_path: Path) -> None:
+    """By its name or its UUID; asking alone, and a dry run, change nothing."""
+    store, folder = Store(tmp_path / "store"), tmp_path / "new"
+    interrupted(store, folder, replaced=[])
+    there = names(folder)
+    connection: Any = Connection()
+    for name in ("web2", UUID):
+        found = remnants.find(connection, store, name)
+        assert found is not None
+        assert "monday" in found.message
+        assert "web2" in found.message
+        assert not found.harmless
+        plan = remnants.plan_take_back(connection, store, name)
+        assert plan is not None
+        paths = {line.removeprefix("remove ") for line in plan.lines()}
+        assert paths == {str(folder), *(str(folder / each) for each in there)}
+        assert any("half written" in note for note in plan.notes)
+    assert names(folder) == there
+    assert remnants.find(connection, store, "web") is None
+    assert remnants.take_back(connection, store, "web") == ()
+    assert names(folder) == there
+    (cured,) = remnants.take_back(connection, store, "web2")
+    assert cured == found
+    assert not folder.exists()
+    assert remnants.find(connection, store, "web2") is None
+    assert remnants.plan_take_back(connection, store, "web2") is None
+
+
+def test_nobody_is_told_of_what_is_under_way_or_of_another_libvirts(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    interrupted(store, tmp_path / "new")
+    connection: Any = Connection()
+    with store.domain(UUID).lock(0):
+        assert remnants.find(connection, store, "web2") is None
+    elsewhere: Any = Connection("qemu:///session")
+    assert remnants.find(elsewhere, store, "web2") is None
+    reading: Any = Connection()
+    reading.read_only = True
+    assert remnants.find(reading, store, "web2") is not None
+    with pytest.raises(ReadOnlyConnection):
+        remnants.take_back(reading, store, "web2")

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import click
 
+from ..errors import NoDomain
 from .answer import Answer, Document
 from .arguments import domain_argument, dry_run_option
 from .checkpoints import planned
 from .render import findings, repaired
 from .session import Command, Session
 
+if TYPE_CHECKING:
+    from ..consistency.findings import Finding
+    from ..manager import Host
+    from ..plan.steps import Plan
+
 INCONSISTENT = 4
 """Exit status when something was found that is not harmless."""
+
+
+def _found(host: Host, name: str) -> Sequence[Finding]:
+    """Of a domain, or of one that was to be and that libvirt never knew."""
+    try:
+        return host.domain(name).check()
+    except NoDomain:
+        found = host.unfinished(name)
+        if found is None:
+            raise
+        return (found,)
+
+
+def _plan(host: Host, name: str, foreign: bool) -> Plan:
+    try:
+        return host.domain(name).plan_repair(foreign=foreign)
+    except NoDomain:
+        plan = host.plan_take_back(name)
+        if plan is None:
+            raise
+        return plan
+
+
+def _repaired(host: Host, name: str, foreign: bool) -> tuple[Sequence[Finding], Sequence[Finding]]:
+    """What was cured, and what is left."""
+    try:
+        domain = host.domain(name)
+    except NoDomain:
+        cured = host.take_back(name)
+        if not cured:
+            raise
+        return cured, ()
+    return domain.repair(foreign=foreign), domain.check()
 
 
 @click.command(cls=Command)
@@ -25,8 +67,8 @@ def check(session: Session, domain: str) -> Answer:
     """
     from ..consistency import consistent
 
-    with session.domain(domain) as target:
-        found = target.check()
+    with session.host() as host:
+        found = _found(host, domain)
     whole = consistent(found)
 
     def document() -> Document:
@@ -51,11 +93,10 @@ def repair(session: Session, domain: str, foreign: bool, dry_run: bool) -> Answe
     """
     from ..consistency import consistent
 
-    with session.domain(domain) as target:
+    with session.host() as host:
         if dry_run:
-            return planned(target.plan_repair(foreign=foreign))
-        cured = target.repair(foreign=foreign)
-        left = target.check()
+            return planned(_plan(host, domain, foreign))
+        cured, left = _repaired(host, domain, foreign)
     whole = consistent(left)
 
     def document() -> Document:

@@ -12,7 +12,7 @@ from ..config import Settings, read_settings, settings_file, store_directory
 from ..domain.adapter import DomainAdapter
 from ..domain.connection import Connection
 from ..domain.connection import connect as open_connection
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, NoDomain
 from ..operation.session import Session
 from ..store import Loaded, Store
 from .domain import Domain
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..backup.placement import Request as PlacementRequest
     from ..backup.restoring import Kept
     from ..backup.views import RestoreView
+    from ..consistency.findings import Finding
     from ..plan.steps import Plan
 
 
@@ -104,8 +105,20 @@ class Host:
         return self._store.directory
 
     def domain(self, name: str) -> Domain:
-        """The domain with that name, UUID or id.  Raises NoDomain."""
-        adapter = DomainAdapter.find(self._connection, name)
+        """The domain with that name, UUID or id.
+
+        Raises NoDomain; it says so if a restore has left something of a new domain of that name.
+        """
+        try:
+            adapter = DomainAdapter.find(self._connection, name)
+        except NoDomain as error:
+            found = self.unfinished(name)
+            if found is None:
+                raise
+            raise NoDomain(
+                f"{error.message}: {found.message}",
+                hint=f"`ckptmgr repair {name}` removes what was written for it; restore it again",
+            ) from error
         store = self._store.domain(adapter.uuid)
         return Domain(Session(adapter, store, self._settings, self._asked, _settled))
 
@@ -161,6 +174,27 @@ class Host:
 
         kept, request = _to_define(repository, domain, point, folder, disks, onto, flatten)
         return defining.plan_define(self._connection, kept, request, name)
+
+    def unfinished(self, name: str) -> Finding | None:
+        """What an interrupted restore left of a new domain that libvirt never knew."""
+        from ..operation import remnants
+
+        return remnants.find(self._connection, self._store, name)
+
+    def take_back(self, name: str) -> tuple[Finding, ...]:
+        """Remove what an interrupted restore left of a new domain that libvirt never knew.
+
+        Returns what was cured: nothing, if there was nothing.
+        """
+        from ..operation import remnants
+
+        return remnants.take_back(self._connection, self._store, name)
+
+    def plan_take_back(self, name: str) -> Plan | None:
+        """What take_back() would do; None: nothing."""
+        from ..operation import remnants
+
+        return remnants.plan_take_back(self._connection, self._store, name)
 
     def domain_names(self) -> list[str]:
         """Names of all domains, running or not."""

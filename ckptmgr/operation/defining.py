@@ -9,9 +9,8 @@ nothing half made is left, wherever it ends:
 4. its first checkpoint is recorded, which carries the identity of the point, so that its next
    backup is an increment of that
 
-Ended before libvirt knows the domain, the next restore of a domain takes it back.  Ended after
-that, the next command on the domain completes it: its images have recorded since 3 what is written
-to them.
+Ended before libvirt knows the domain, it is taken back: see remnants.py.  Ended after that, the
+next command on the domain completes it: its images have recorded since 3 what is written to them.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ from ..engine.qemu_img import change_bitmap
 from ..errors import (
     CkptmgrError,
     InvalidRequest,
-    ReadOnlyConnection,
     RepositoryDamaged,
     StoreFailed,
     Unsupported,
@@ -47,8 +45,9 @@ from ..plan.steps import Direct, ImageBitmap, Plan
 from ..store import Loaded, Store, files
 from ..views import DomainView
 from .copies import copied
-from .inception import intent_of, is_known, settle, take_back_interrupted
+from .inception import intent_of, settle
 from .newcomer import COPIED, Making, Prepared, tpm_state
+from .remnants import is_known, require_writable, take_back_interrupted
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
@@ -159,11 +158,7 @@ def plan_define(connection: Connection, kept: Kept, request: Request, name: str)
 
 
 def _prepared(connection: Connection, kept: Kept, request: Request, name: str) -> Prepared:
-    if connection.read_only:
-        raise ReadOnlyConnection(
-            f"the connection to {connection.uri} only allows reading",
-            hint="open it for writing, which is without --readonly",
-        )
+    require_writable(connection)
     if not connection.local:
         raise Unsupported(
             f"{connection.uri} is on another machine, which would not find the images",

@@ -1,7 +1,6 @@
-"""How the history of a new domain begins, or does not: its intent, and what becomes of that.
+"""How the history of a new domain begins: its intent, and its first checkpoint.
 
-Where libvirt does not know the domain, what there is of it is taken back.  Where it does, its
-images have recorded since they got their names, and its first checkpoint says so.
+Its images have recorded since they got their names, so that can be done at any time after.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +17,9 @@ from ..backup.placement import Kind
 from ..backup.staging import Staged
 from ..checkpoint import Checkpoint, EngineName
 from ..document import format_libvirt
-from ..domain.connection import Connection
 from ..domain.disk import Disk
-from ..errors import Busy, CkptmgrError, NoDomain, StoreDamaged, StoreFailed
 from ..plan.steps import CheckpointRedefine
-from ..store import DomainStore, Intent, Loaded, Store, files
+from ..store import Intent, Loaded, files
 from . import projection
 from .newcomer import COPIED, Making, tpm_state
 from .session import Session
@@ -65,7 +61,7 @@ def intent_of(
             "domain": prepared.identity.name,
             "id": manifest.id,
             "temporaries": [str(name) for name in names],
-            "files": {str(path): _identity(name) for name, path in (*pairs, *copies)},
+            "files": {str(path): identity_of(name) for name, path in (*pairs, *copies)},
             "replaced": [
                 str(each.path) for each in prepared.places if each.kind is Kind.REPLACEMENT
             ],
@@ -83,71 +79,10 @@ def _is_new(making: Making, state: Path | None) -> bool:
     return state.name == making.part.uuid or state == making.prepared.files.get("tpm")
 
 
-def _identity(path: Path) -> list[int]:
+def identity_of(path: Path) -> list[int]:
+    """What tells whether a file is still that which was written."""
     status = path.stat()
     return [status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size]
-
-
-# --- interrupted -------------------------------------------------------------------------------
-
-
-def take_back_interrupted(connection: Connection, store: Store) -> None:
-    """Take back what was being restored to a domain that never came to be."""
-    for key in store.domains():
-        part = store.domain(key)
-        with suppress(Busy, StoreDamaged, StoreFailed):
-            intent = part.read_intent()
-            if intent is None or intent.operation != OPERATION:
-                continue
-            with part.lock(0):
-                intent = part.read_intent()
-                if intent is None or intent.data["uri"] != connection.uri:
-                    continue
-                if is_known(connection, key) is False:
-                    _take_back(part, intent)
-
-
-def is_known(connection: Connection, uuid: str) -> bool | None:
-    """Whether libvirt knows the domain; None where that cannot be told."""
-    try:
-        connection.lookup(uuid)
-    except NoDomain:
-        return False
-    except CkptmgrError:
-        return None
-    return True
-
-
-def _take_back(part: DomainStore, intent: Intent) -> None:
-    data = intent.data
-    log.warning(
-        "taking back an interrupted restore of point %s: domain %s was not defined",
-        intent.names[0],
-        data["domain"],
-    )
-    paths = [path for path in map(Path, data["temporaries"]) if temporaries.NAME.match(path.name)]
-    for name, identity in data["files"].items():
-        with suppress(OSError):
-            if _identity(Path(name)) != identity:
-                log.warning("%s stays: it is not what was written", name)
-            elif name in data["replaced"]:
-                log.warning("%s is replaced: what it held is gone", name)
-            else:
-                paths.append(Path(name))
-    for path in paths:
-        files.remove(path, sync=False)
-    for name in data["volumes"]:
-        log.warning("%s may be half written: what it held is gone", name)
-    if data["tpm"] is not None and Path(data["tpm"]).is_dir():
-        files.remove_tree(Path(data["tpm"]))
-    for folder in data["folders"]:
-        with suppress(OSError):
-            Path(folder).rmdir()
-    part.clear_intent()
-    part.remove_unused()
-
-
-# --- completed ---------------------------------------------------------------------------------
 
 
 def settle(session: Session, intent: Intent) -> None:
@@ -203,6 +138,6 @@ def _checkpoint(session: Session, loaded: Loaded, intent: Intent) -> Checkpoint:
 def _is_restored(disk: Disk, intent: Intent) -> bool:
     identity = intent.data["files"].get(disk.top.path)
     try:
-        return identity is not None and _identity(Path(str(disk.top.path)))[:2] == identity[:2]
+        return identity is not None and identity_of(Path(str(disk.top.path)))[:2] == identity[:2]
     except OSError:
         return False

@@ -10,7 +10,7 @@ from integration.stacks import Stack
 from integration.stacks.fixtures import Stacks
 from integration.stacks.remote import free_port
 from integration.stacks.table import Cell
-from integration.stand import DiskSpec, Guest
+from integration.stand import DiskSpec, Guest, Machine
 from integration.tracked import (
     DISKS,
     LIBVIRT,
@@ -122,12 +122,11 @@ def test_history_goes_on_where_the_domain_is_defined_anew(
 # --- live migration ------------------------------------------------------------------------------
 
 
-def migrate(tracked: Tracked, target: Stack, xml: str | None = None) -> None:
+def live_migration(machine: Machine, target: Stack, xml: str | None = None) -> None:
     """Live migration with shared storage, to another libvirt of this machine.
 
     xml -- of the domain there, where it is not to be the same
     """
-    machine = tracked.machine
     flags = (
         libvirt.VIR_MIGRATE_LIVE
         | libvirt.VIR_MIGRATE_PERSIST_DEST
@@ -140,8 +139,13 @@ def migrate(tracked: Tracked, target: Stack, xml: str | None = None) -> None:
     if xml is not None:
         where[libvirt.VIR_MIGRATE_PARAM_DEST_XML] = xml
     machine.domain.migrate3(target.handle, where, flags)
+
+
+def migrate(tracked: Tracked, target: Stack, xml: str | None = None) -> None:
+    """Likewise; the machine is looked for there from then on."""
+    live_migration(tracked.machine, target, xml)
     tracked.move(target)
-    target.workspace.record(machine.pid)
+    target.workspace.record(tracked.machine.pid)
 
 
 @pytest.mark.scenario("live migration and back")

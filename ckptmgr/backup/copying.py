@@ -231,7 +231,8 @@ class Source:
                 raise unreadable(self.disk, found) from error
             raise OperationFailed(
                 f"reading disk {self.disk} over NBD failed: {error.string}",
-                hint="did the domain end, or its host run out of memory or disk?",
+                hint="did the domain end or move to another host, or this one run out of memory or "
+                "disk?",
             ) from error
 
     # --- what is to be read ------------------------------------------------------------------

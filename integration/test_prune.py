@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,58 +16,17 @@ from hypothesis import strategies as st
 
 import ckptmgr
 from ckptmgr import Retention
-from ckptmgr.backup import compaction, qcow2
 from ckptmgr.backup.block import BLOCK
-from ckptmgr.backup.pruning import prune
 from ckptmgr.backup.repository import Repository
 from ckptmgr.cli import main
-from ckptmgr.errors import RepositoryDamaged, RepositoryFailed
-from ckptmgr.store import files
+from ckptmgr.errors import RepositoryDamaged
 
-from .kept_points import Kept, changed, checked, noise, seen, shown
-
-SIZE = 12 * BLOCK
-MIB = 1 << 20
+from .kept_points import Kept, changed, seen, shown
+from .pruned import SIZE, damage, let_go, points_path, require_tidy, tree, week
 
 SLOW = settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-def week(path: Path, *, compress: bool = False) -> Kept:
-    """mo <- tu <- we <- th, fr on tu, and sa on th that left vdb out; two disks."""
-    kept = Kept.at(path)
-    seed = 0
-    for name, parent in [("mo", None), ("tu", "mo"), ("we", "tu"), ("th", "we"), ("fr", "tu")]:
-        seed += 2
-        before = {} if parent is None else kept.contents[parent]
-        contents = {
-            target: changed(before[target], seed) if before else noise(seed + index, SIZE)
-            for index, target in enumerate(("vda", "vdb"))
-        }
-        kept.add(name, parent, contents, compress=compress)
-    kept.add("sa", "th", {"vda": changed(kept.contents["th"]["vda"], 77)}, compress=compress)
-    return kept
-
-
-def let_go(kept: Kept, *names: str) -> None:
-    """Prune these points and no other."""
-    with kept.lineage.lock(0):
-        kept.lineage.settle()
-        points = kept.lineage.load().points
-        gone = set(names) & set(points.manifests)
-        compaction.carry_out(kept.lineage, points, prune(points, gone))
-
-
-def require_tidy(kept: Kept, *, check: bool = True) -> None:
-    """There is no file but those that the manifests name, and `qemu-img check` is content."""
-    points = kept.lineage.load().points
-    assert set(kept.lineage.names()) == {"lock", *points.manifests}
-    for name, manifest in points.manifests.items():
-        there = {path.name for path in (kept.lineage.path / name).iterdir()}
-        assert there == {"manifest.json", *manifest.file_names}
-        for disk in manifest.disks if check else ():
-            assert checked(kept.lineage.image(manifest, disk.name))
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -103,10 +56,6 @@ def test_what_stays_shows_the_same_bytes(tmp_path: Path, gone: str, compress: bo
         )
         assert "backing-filename" not in header
         assert (header["format-specific"]["data"]["compression-type"] == "zstd") == compress
-
-
-def points_path(kept: Kept, name: str, disk: str) -> Path:
-    return kept.lineage.image(kept.lineage.load().points.get(name), disk)
 
 
 sizes = st.sampled_from([3 * BLOCK, 5 * BLOCK + 512, 8 * BLOCK, 8 * BLOCK - 1024, 11 * BLOCK])
@@ -178,186 +127,6 @@ def test_what_a_smaller_image_hid_stays_hidden(tmp_path: Path, compress: bool) -
     require_tidy(kept)
 
 
-# --- interruptions -------------------------------------------------------------------------------
-
-CALLS = ("_create", "_write", "_fsync", "_rename", "_unlink", "_rmdir", "_fsync_folder")
-
-
-@contextmanager
-def at_every_call(act: Callable[[int], None]) -> Iterator[list[str]]:
-    """`act` before every call that changes the disk, with its number; and their names."""
-    names: list[str] = []
-    patch = pytest.MonkeyPatch()
-
-    def wrapped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*arguments: Any) -> Any:
-            names.append(name)
-            act(len(names))
-            return call(*arguments)
-
-        return counted
-
-    for name in CALLS:
-        patch.setattr(files, name, wrapped(name, getattr(files, name)))
-    patch.setattr(qcow2, "_write", wrapped("image", qcow2._write))
-    try:
-        yield names
-    finally:
-        patch.undo()
-
-
-GONE = "tu"
-
-
-def fork(path: Path) -> Kept:
-    """mo <- tu <- we, and fr on tu; one disk."""
-    kept = Kept.at(path)
-    for seed, (name, parent) in enumerate(
-        [("mo", None), ("tu", "mo"), ("we", "tu"), ("fr", "tu")], start=40
-    ):
-        before = None if parent is None else kept.contents[parent]["vda"]
-        content = noise(seed, 5 * BLOCK) if before is None else changed(before, seed)
-        kept.add(name, parent, {"vda": content})
-    return kept
-
-
-def calls_of(folder: Path) -> int:
-    kept = fork(folder / "repo")
-    with at_every_call(lambda number: None) as names:
-        let_go(kept, GONE)
-    return len(names)
-
-
-def killed_at(number: int, kept: Kept) -> int:
-    """Prune in a process that is killed before a call; returns its exit status."""
-    child = os.fork()
-    if child == 0:
-
-        def act(call: int) -> None:
-            if call == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        try:
-            with at_every_call(act):
-                let_go(kept, GONE)
-        except BaseException:  # noqa: BLE001 -- this process ends here
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def copies(original: Kept, folder: Path, total: int) -> Iterator[tuple[int, Kept]]:
-    """A fresh copy of a repository for each of `total` calls."""
-    for number in range(1, total + 1):
-        copy = folder / "copy"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(original.repository, copy)
-        yield number, Kept(Repository(copy).lineage(original.lineage.key), original.contents)
-
-
-@pytest.mark.thorough
-@pytest.mark.timeout(1200)
-def test_killed_at_any_step_every_point_is_whole_and_the_next_one_completes_it(
-    tmp_path: Path,
-) -> None:
-    total = calls_of(tmp_path / "dry")
-    assert total > 50
-    states = set()
-    for number, kept in copies(fork(tmp_path / "original" / "repo"), tmp_path, total):
-        assert killed_at(number, kept) == -signal.SIGKILL
-        there = set(kept.lineage.load().points.manifests)
-        assert there >= {"mo", "we", "fr"}
-        states.add((GONE in there, (kept.lineage.path / "prune.json").exists()))
-        kept.require(there, qemu=number % 8 == 0)  # as any reader finds it, without the lock
-        if number % 2:  # a backup comes first
-            with kept.lineage.lock(0):
-                kept.lineage.settle()
-            kept.require(there, qemu=False)
-        let_go(kept, GONE)
-        kept.require({"mo", "we", "fr"}, qemu=number % 8 == 0)
-        require_tidy(kept, check=number % 8 == 0)
-    assert states == {(True, False), (True, True), (False, False)}
-
-
-@pytest.mark.thorough
-@pytest.mark.timeout(1200)
-def test_a_disk_that_is_full_at_any_write_loses_nothing(tmp_path: Path) -> None:
-    total = calls_of(tmp_path / "dry")
-    for number, kept in copies(fork(tmp_path / "original" / "repo"), tmp_path, total):
-
-        def act(call: int, number: int = number) -> None:
-            if call == number:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        with at_every_call(act), contextlib.suppress(RepositoryFailed):
-            # (What cannot be removed by an undoing that is under way anyway is no new failure.)
-            let_go(kept, GONE)
-        there = set(kept.lineage.load().points.manifests)
-        assert there >= {"mo", "we", "fr"}
-        kept.require(there, qemu=False)
-        let_go(kept, GONE)
-        kept.require({"mo", "we", "fr"}, qemu=False)
-        require_tidy(kept, check=False)
-
-
-def on_a_full_file_system(folder: Path) -> None:
-    """Run by the test below in a mount namespace of its own."""
-    kept = week(folder / "repo")
-    size = sum(path.stat().st_size for path in kept.repository.rglob("*") if path.is_file())
-    small = folder / "small"
-    small.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size + 4 * MIB}", "none", str(small)], check=True
-    )
-    shutil.copytree(kept.repository, small / "repo")
-    there = Kept(Repository(small / "repo").lineage(kept.lineage.key), kept.contents)
-    filler = small / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(BLOCK))
-    with pytest.raises(RepositoryFailed, match="No space left on device") as error:
-        let_go(there, "tu")
-    assert "ckptmgr prune" in (error.value.hint or "")
-    there.require({"mo", "tu", "we", "th", "fr", "sa"})
-    filler.unlink()
-    let_go(there, "tu")
-    there.require({"mo", "we", "th", "fr", "sa"})
-    require_tidy(there)
-    subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-    with pytest.raises(RepositoryFailed, match="Read-only file system"):
-        let_go(there, "we")
-    there.require({"mo", "we", "th", "fr", "sa"})
-
-
-def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
-    code = (
-        "import sys, pathlib; from integration import test_prune; "
-        "test_prune.on_a_full_file_system(pathlib.Path(sys.argv[1])); print('done')"
-    )
-    unshare = (
-        ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
-    )
-    done = subprocess.run(
-        [*unshare, sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-
-
-# --- damage ----------------------------------------------------------------------------------
-
-
-def damage(path: Path, needle: bytes) -> None:
-    """Flip a bit of `needle`, which is in the file just once."""
-    content = bytearray(path.read_bytes())
-    place = content.index(needle)
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
 def test_a_damaged_block_stops_the_prune_and_nothing_is_lost(tmp_path: Path) -> None:
     kept = Kept.at(tmp_path / "repo")
     content = random.Random(1).randbytes(SIZE)
@@ -373,14 +142,6 @@ def test_a_damaged_block_stops_the_prune_and_nothing_is_lost(tmp_path: Path) -> 
         let_go(kept, "tu")
     assert "ckptmgr verify" in (error.value.hint or "")
     assert tree(kept.repository) == before
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "lock"
-    }
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from ckptmgr.cli import main
 from ckptmgr.engine import qemu_img
 
 from .kept_points import Kept, peek, shown
-from .test_prune import damage, fork, points_path, tree, week
+from .pruned import calls_of, copies, damage, fork, killed_at, points_path, tree, week
 
 BLOCKS = range(0, 12 * BLOCK, BLOCK)
 ALL = {"mo", "tu", "we", "th", "fr", "sa"}
@@ -296,8 +296,6 @@ def test_damage_in_several_places_is_all_found(kept: Kept) -> None:
 
 @pytest.mark.thorough
 def test_an_interrupted_prune_is_no_damage(tmp_path: Path) -> None:
-    from .test_prune import calls_of, copies, killed_at
-
     total = calls_of(tmp_path / "dry")
     interrupted = 0
     for number, kept in copies(fork(tmp_path / "original" / "repo"), tmp_path, total):
@@ -434,7 +432,8 @@ def test_while_points_are_made_merged_and_removed_a_reader_finds_nothing_wrong(
     kept = fork(tmp_path / "repo")
     code = (
         "import sys, pathlib\n"
-        "from integration.test_prune import Kept, changed, let_go\n"
+        "from integration.kept_points import Kept, changed\n"
+        "from integration.pruned import let_go\n"
         "from ckptmgr.backup.repository import Repository\n"
         "repo, key, content = sys.argv[1:]\n"
         "kept = Kept(Repository(pathlib.Path(repo)).lineage(key))\n"

@@ -28,9 +28,6 @@ IsRead = Callable[[Extent], bool | None]
 
 SECTOR = 512
 
-_CONNECT = 2.0
-"""Seconds for a server that answered a moment ago."""
-
 _SEARCH = 10.0
 """Seconds for finding the place: a disk that fails may try for long before it says so."""
 
@@ -46,10 +43,15 @@ def first_defect(server: Server, name: str, disk: str, asked: Iterable[Extent]) 
         return None
     try:
         # To be dropped, and not said good-bye to: it may be waiting for its storage.
-        handle = nbd_client.connect(server, name, disk, None, timeout=_CONNECT)
+        handle = nbd_client.connect(server, name, disk, None, check=_gone)
         return search(_Attempts(handle, disk), extents)
     except (nbd.Error, OperationFailed):
         return None
+
+
+def _gone() -> None:
+    """What is not there now is not waited for."""
+    raise OperationFailed("the server has gone")
 
 
 def search(is_read: IsRead, extents: Iterable[Extent]) -> Extent | None:

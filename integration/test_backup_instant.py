@@ -24,6 +24,7 @@ from integration.evidence import domain_of, everything
 from integration.fake_agent import FakeAgent, Guest, Refused
 from integration.stand import MIB, Daemon, DiskSpec, Machine
 from integration.stand.guest import Guest as LinuxGuest
+from integration.stand.patience import patiently
 from integration.test_backup import Backups, disk_in
 
 TIMEOUT = 1.0
@@ -132,6 +133,7 @@ def test_frozen_for_the_instant_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     vm = frozen(engine)
+    vm.settings = {"freeze_timeout": patiently(10)}
     owner, instant = MOMENTS[engine]
     original: Any = owner.perform  # type: ignore[attr-defined]
     seen: list[str] = []

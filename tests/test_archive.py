@@ -121,6 +121,17 @@ def known_since(history: History, start: str, disk: str) -> bool:
     return open_ended(history, disk, start, NOW).broken is None
 
 
+def test_a_bitmap_that_only_the_monitor_reads_is_not_said_to_be_broken() -> None:
+    history = line(2)
+    volatile = tuple(replace(each, persistent=False) for each in history.get("c1").disks)
+    history = history.replace(replace(history.get("c1"), disks=volatile))
+    source = open_ended(history, "vda", "c1", NOW, frozenset({"c0", "c1"}))
+    assert "--engine monitor" in (source.broken or "")
+    assert "missing" in (
+        open_ended(line(2), "vda", "c1", NOW, frozenset({"c0", "c1"})).broken or ""
+    )
+
+
 @given(models(unknown=True), st.integers(1, 3), st.data())
 def test_nothing_that_could_be_told_before_cannot_be_told_afterwards(
     model: Model, keep: int, data: st.DataObject

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptmgr.backup.placement import Found, Kind, Place, Request, look, place
+from ckptmgr.backup.placement import Found, Kind, Place, Request, look, place, remarks
 from ckptmgr.errors import InvalidRequest
 
 from .repositories import SIZE, manifest, point_disk
@@ -41,6 +41,16 @@ def test_volumes_are_written_and_qcow2_files_replaced() -> None:
         Place("vda", Kind.REPLACEMENT, QCOW2.path, "qcow2", SIZE),
         Place("vdb", Kind.VOLUME, LARGE.path, "raw", SIZE, block=True),
     )
+
+
+def test_a_device_that_held_a_qcow2_image_is_written_as_raw_which_is_said() -> None:
+    request = Request("monday", onto={"vda": Path("/dev/v")})
+    held = {"vda": replace(LARGE, qcow2=True)}
+    (only,) = place(POINT, request, held)
+    assert (only.kind, only.format) == (Kind.VOLUME, "raw")
+    (remark,) = remarks(held)
+    assert "/dev/v held a qcow2 image" in remark
+    assert remarks({"vda": QCOW2, "vdb": LARGE}) == ()
 
 
 def test_disks_that_have_no_volume_go_into_the_folder_or_stay_out() -> None:

@@ -53,6 +53,7 @@ class Found:
     path -- without symbolic links
     identity -- the same for two names of one file or device
     size -- in bytes
+    qcow2 -- it begins as a qcow2 image does
     """
 
     path: Path
@@ -141,8 +142,18 @@ def place(manifest: Manifest, request: Request, found: Mapping[str, Found]) -> t
     )
 
 
+def remarks(found: Mapping[str, Found]) -> tuple[str, ...]:
+    """What there is to know of the volumes that are written to, by disk."""
+    return tuple(
+        f"{each.path} held a qcow2 image, and has disk {disk} as raw then: the definition of a "
+        "domain that is to use it has to say so"
+        for disk, each in found.items()
+        if each.block and each.qcow2
+    )
+
+
 def _onto(disk: PointDisk, found: Found) -> Place:
-    if found.qcow2:
+    if found.qcow2 and not found.block:
         kind, form = Kind.REPLACEMENT, "qcow2"
     else:
         kind, form = Kind.VOLUME, "raw"
@@ -184,6 +195,5 @@ def look(path: Path) -> Found:
             f"the volume {path} cannot be used: {reason}",
             hint="--onto writes to volumes that are there; new images go into a folder",
         ) from error
-    if block:
-        return Found(real, (-1, status.st_rdev), size, block=True)
-    return Found(real, (status.st_dev, status.st_ino), size, qcow2=head == qcow2.MAGIC)
+    identity = (-1, status.st_rdev) if block else (status.st_dev, status.st_ino)
+    return Found(real, identity, size, block, head == qcow2.MAGIC)

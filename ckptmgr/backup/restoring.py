@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from ..checkpoint import EngineName
 from ..errors import InvalidRequest, NoPoint, RepositoryDamaged, RestoreFailed
 from ..views import DomainView
 from .manifest import Manifest
-from .placement import Found, Request, look, place
+from .placement import Found, Request, look, place, remarks
 from .points import Points
 from .repository import Lineage, Loaded, Repository
 from .staging import Progress, Staged, check, install, staged
@@ -21,6 +22,8 @@ from .views import RestoredDisk, RestoreView
 
 if TYPE_CHECKING:
     from ..plan.steps import Plan
+
+log = logging.getLogger("ckptmgr")
 
 FOLDER_MODE = 0o711
 """Of a folder that is made: QEMU, which runs as another user, must get through."""
@@ -86,12 +89,15 @@ def among(candidates: Sequence[tuple[Lineage, Loaded]], domain: str, point: str)
 def restore(kept: Kept, request: Request, lock_timeout: float, progress: Progress) -> RestoreView:
     """Restore disks to where the request says.  See Catalogue.restore."""
     request = settled(request)
-    places = place(kept.manifest, request, volumes(request.onto))
+    found = volumes(request.onto)
+    places = place(kept.manifest, request, found)
     with (
         made(request.folder),
         staged(kept.lineage, kept.manifest, places, lock_timeout, progress=progress) as work,
     ):
         install(work.disks)
+        for remark in remarks(found):
+            log.warning("%s", remark)
         return view(kept.manifest, work.disks, None)
 
 
@@ -100,9 +106,11 @@ def plan_restore(kept: Kept, request: Request) -> Plan:
     from ..plan.steps import Direct, Plan  # which a restore itself does without
 
     request = settled(request)
-    places = place(kept.manifest, request, volumes(request.onto))
+    found = volumes(request.onto)
+    places = place(kept.manifest, request, found)
     check(kept.lineage, kept.points, kept.manifest, places)
-    return Plan(EngineName.OFFLINE, tuple(Direct(str(each)) for each in places))
+    steps = tuple(Direct(str(each)) for each in places)
+    return Plan(EngineName.OFFLINE, steps, notes=remarks(found))
 
 
 def settled(request: Request) -> Request:

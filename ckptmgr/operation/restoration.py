@@ -206,7 +206,7 @@ def _places(session: Session, kept: Kept, request: Request) -> tuple[Place, ...]
                 f"disk {disk.target} of domain {session.adapter.name!r} cannot be restored in "
                 f"place: {reason}",
                 hint=f"restore it to another place, or leave it out with --disk; "
-                f"--onto {disk.target}=… writes to a device",
+                f"--onto {disk.target}=… writes to a device, as raw",
             )
         path = Path(str(disk.top.path)).resolve()
         check_free(disk.target, str(path))

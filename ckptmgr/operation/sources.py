@@ -79,4 +79,11 @@ def _why_unreadable(
     suspicion = doubt(recorded, disks)
     if suspicion is not None:
         return f"the bitmap of {name} cannot be trusted: {suspicion}"
-    return f"the bitmap of {name} is missing or broken" if name in unreadable else ""
+    if name not in unreadable:
+        return ""
+    if not recorded.persistent:
+        return (
+            f"the bitmap of {name} is not in the image: until that QEMU process ends, "
+            "--engine monitor reads it"
+        )
+    return f"the bitmap of {name} is missing or broken"

@@ -58,6 +58,15 @@ USAGE = [
 ]
 
 
+def test_a_folder_that_must_not_be_read_is_no_usage_error(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who look find out: root, as in most of these tests, may read anything."""
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    assert main(["points", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
 def test_usage_errors_are_status_2_on_standard_error(
     arguments: list[str], host: Host, capsys: Output

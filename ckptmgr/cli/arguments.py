@@ -35,7 +35,8 @@ class FilePath(click.Path):
     """A path.  An empty one, as of a variable that is not set, is not the working folder."""
 
     def __init__(self, *, file_okay: bool = True, allow_dash: bool = False) -> None:
-        super().__init__(file_okay=file_okay, allow_dash=allow_dash, path_type=Path)
+        # Whether it can be read is found, and told, by what reads it.
+        super().__init__(file_okay=file_okay, allow_dash=allow_dash, path_type=Path, readable=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path; see click.Path."""

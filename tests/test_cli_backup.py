@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from ckptmgr.cli import main
+from ckptmgr.cli.bars import Bars
 
 from .cli_host import Host, host_fixture
 
@@ -51,3 +55,18 @@ def test_a_rate_has_binary_units(host: Host, tmp_path: Path, told: str, bytes_: 
 def test_what_is_no_rate_is_refused(host: Host, tmp_path: Path, told: str) -> None:
     assert main(["backup", "web", str(tmp_path), f"--limit={told}"]) == 2
     assert not asked(host)
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 80, 120])
+def test_a_bar_stays_on_its_line_on_a_narrow_terminal(width: int) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=width, height=20)
+    bars = Bars(console)
+    bars.start()
+    bars.show("vda", 18 << 20, 512 << 20)
+    bars.show("vdb", 180 << 20, 51200 << 20)
+    bars.stop()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.getvalue())
+    last = re.split(r"[\r\n]+", shown.rstrip())[-2:]
+    assert [line.split()[0] for line in last] == ["vda", "vdb"]
+    assert all(len(line) <= width and "iB" in line for line in last), last

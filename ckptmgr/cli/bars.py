@@ -13,6 +13,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from .text import visible
@@ -30,14 +31,16 @@ class _Rate(ProgressColumn):
 class Bars:
     """On standard error, from `start` to `stop`; then they are gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
+        # What does not fit is taken from the bar: a line of two would be left on the terminal.
+        whole = Column(no_wrap=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(binary_units=True),
-            _Rate(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
+            DownloadColumn(binary_units=True, table_column=whole),
+            _Rate(table_column=whole.copy()),
+            TimeRemainingColumn(table_column=whole.copy()),
+            console=console or Console(stderr=True),
             transient=True,
         )
         self._tasks: dict[str, TaskID] = {}

@@ -13,7 +13,6 @@ a server may take with a block status request (NBD's doc/proto.md):
 from __future__ import annotations
 
 import contextlib
-import select
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -53,13 +52,6 @@ _FAREWELL = 2.0
 _NOT_YET = (ENOENT, ECONNREFUSED, ECONNRESET, EPIPE)
 
 _PAUSE = 0.005
-
-_EVENTS = {
-    nbd.AIO_DIRECTION_READ: select.POLLIN,
-    nbd.AIO_DIRECTION_WRITE: select.POLLOUT,
-    nbd.AIO_DIRECTION_BOTH: select.POLLIN | select.POLLOUT,
-}
-"""What each connection waits for."""
 
 
 def read_dirty_map(
@@ -244,56 +236,10 @@ def poll(handle: nbd.NBD, deadline: float, disk: str) -> None:
     """Let the connection go on.  Raises OperationFailed after `deadline`."""
     left = deadline - time.monotonic()
     if left <= 0 or handle.poll(max(1, int(left * 1000))) == 0:
-        raise _silent(disk)
-
-
-def _silent(disk: str) -> OperationFailed:
-    return OperationFailed(
-        f"the NBD server for disk {disk} did not answer in time",
-        hint="is the domain's QEMU stopped or its host overloaded?",
-    )
-
-
-class Connections:
-    """Several connections to one export, waited for together.
-
-    handles -- in the order in which they were added
-    """
-
-    def __init__(self, disk: str) -> None:
-        self.handles: list[nbd.NBD] = []
-        self._disk = disk
-        self._poll = select.poll()
-        self._events: dict[int, int] = {}
-
-    def add(self, handle: nbd.NBD) -> None:
-        """One more; it is this object's to end."""
-        self.handles.append(handle)
-
-    def wait(self, deadline: float) -> None:
-        """Wait until some can go on, and let them.
-
-        Raises nbd.Error, OperationFailed after `deadline`.
-        """
-        by_number = {}
-        for handle in self.handles:
-            number = handle.aio_get_fd()
-            by_number[number] = handle
-            events = _EVENTS[handle.aio_get_direction()]
-            if self._events.get(number) != events:
-                self._poll.register(number, events)
-                self._events[number] = events
-        left = deadline - time.monotonic()
-        ready = self._poll.poll(max(0, int(left * 1000)))
-        if not ready:
-            raise _silent(self._disk)
-        for number, _ in ready:
-            by_number[number].poll(0)  # which knows what an event means in its state
-
-    def close(self) -> None:
-        """Say good-bye on all of them."""
-        for handle in self.handles:
-            disconnect(handle)
+        raise OperationFailed(
+            f"the NBD server for disk {disk} did not answer in time",
+            hint="is the domain's QEMU stopped or its host overloaded?",
+        )
 
 
 def _dirty_extents(

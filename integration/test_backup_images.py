@@ -187,17 +187,7 @@ def served(path: Path, folder: Path, form: str) -> Iterator[str]:
     """A raw file or an image, over NBD."""
     socket = str(folder / "nbd.sock")
     server = subprocess.Popen(
-        [
-            "qemu-nbd",
-            "--read-only",
-            "-f",
-            form,
-            "--socket",
-            socket,
-            "--persistent",
-            "--shared=4",
-            str(path),
-        ]
+        ["qemu-nbd", "--read-only", "-f", form, "--socket", socket, "--persistent", str(path)]
     )
     try:
         yield socket

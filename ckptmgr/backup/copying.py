@@ -1,6 +1,6 @@
 """Reading the blocks of a disk from an NBD export, as fast as the server gives them.
 
-    main thread       asks the server, over several connections that have a request each
+    main thread       asks the server, which has several requests to work on at any time
     workers           what can be done to each request by itself: digests, compression
     one more thread   what has to be done in the order of the disk: writing
 
@@ -39,11 +39,7 @@ BUFFERS = 6
 prepares: few, so that what was read is still in the processor's cache when it is written."""
 
 UNDER_WAY = 3
-"""Requests of these that the server has, each on a connection of its own.
-
-QEMU can send some 200 KiB ahead of the reader on a socket.  Over a single one, the two wake one
-another more than four times for each MiB; over three, hardly more than twice.
-"""
+"""Requests of these that the server has."""
 
 _READS_ZERO = 2  # NBD_STATE_ZERO
 _STATUS_SPAN = 16384
@@ -124,13 +120,12 @@ class Batch:
     """What goes from thread to thread at once: chunks in one buffer, and zeroes between them.
 
     items -- in the order of the disk
-    handle -- the connection that the chunks are asked for over, cookies -- of the requests
+    cookies -- of the requests for the chunks
     buffer -- None while there is no chunk
     """
 
     def __init__(self) -> None:
         self.items: list[Chunk | _Zero] = []
-        self.handle: nbd.NBD | None = None
         self.cookies: list[int] = []
         self.buffer: Buffer | None = None
         self._used = 0
@@ -176,7 +171,7 @@ class Reader(Protocol, Generic[T]):
 
 
 class Source:
-    """The NBD export of a disk; more connections than one are opened when there is more to read.
+    """A connection to the NBD export of a disk.
 
     Raises OperationFailed where the server cannot be reached.
     """
@@ -188,30 +183,17 @@ class Source:
         self._server = server
         self._name = name
         self._check = check
-        self._connections = nbd_client.Connections(disk)
-        self._turn = 0  # whose the next batch is
         with self._failing():
-            self._handle = self._connect()
-            self._told = self._handle.can_meta_context(nbd_client.ALLOCATION)
+            context = nbd_client.ALLOCATION
+            self._handle = nbd_client.connect(server, name, disk, context, check=check)
+            # What a request was not answered in full for is never looked at.
+            self._handle.set_pread_initialize(False)
+            self._told = self._handle.can_meta_context(context)
             self.size: int = self._handle.get_size()
 
     def close(self) -> None:
         """Say good-bye to the server."""
-        self._connections.close()
-
-    def _connect(self) -> nbd.NBD:
-        context = nbd_client.ALLOCATION
-        handle = nbd_client.connect(self._server, self._name, self.disk, context, check=self._check)
-        # What a request was not answered in full for is never looked at.
-        handle.set_pread_initialize(False)
-        self._connections.add(handle)
-        return handle
-
-    def _next(self) -> nbd.NBD:
-        """The connection of the next batch."""
-        turn, self._turn = self._turn, (self._turn + 1) % UNDER_WAY
-        handles = self._connections.handles
-        return handles[turn] if turn < len(handles) else self._connect()
+        nbd_client.disconnect(self._handle)
 
     def __enter__(self) -> Source:
         return self
@@ -332,12 +314,11 @@ class Source:
                 if zero:
                     batch.items.append(_Zero(first, count, self.size))
                     continue
-                if batch.handle is None:
+                if batch.buffer is None:
                     batch.buffer = self._buffer(flying, order)
-                    batch.handle = self._next()
                 chunk = Chunk(first, *batch.room(length))
                 batch.items.append(chunk)
-                batch.cookies.append(batch.handle.aio_pread(chunk.room, first * BLOCK))
+                batch.cookies.append(self._handle.aio_pread(chunk.room, first * BLOCK))
             self._send(batch, flying, order)
             self._land_all(flying, order)
 
@@ -352,11 +333,10 @@ class Source:
         order.check()
         oldest = flying[0]
         for cookie in oldest.cookies:
-            assert oldest.handle is not None  # noqa: S101 -- over which the cookie was given
             deadline = time.monotonic() + nbd_client.ANSWER_TIMEOUT
-            while not oldest.handle.aio_command_completed(cookie):
+            while not self._handle.aio_command_completed(cookie):
                 order.check()
-                self._connections.wait(deadline)
+                nbd_client.poll(self._handle, deadline, self.disk)
         flying.popleft()
         order.put(oldest)
 

@@ -251,7 +251,7 @@ def serve_image(
     chain -- as it reads on its backing files; False: what the image holds itself, and zeroes, with
              ``qemu:allocation-depth`` to tell them apart
     """
-    options = ["--persistent", "--shared=8"]
+    options = ["--persistent", "--shared=4"]
     if not chain:
         options.append("--allocation-depth")
     name = image_name(image, driver, **({} if chain else {"backing": None}))

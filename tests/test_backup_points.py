@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptmgr.backup.base import Base, find_base
 from ckptmgr.backup.manifest import Manifest
 from ckptmgr.backup.points import Points
 from ckptmgr.errors import NoPoint, RepositoryDamaged
+from ckptmgr.history import History
 
-from .repositories import NOON, OTHER_UUID, identity, manifest, point_disk
+from .repositories import NOON, OTHER_UUID, UUID, identity, manifest, point_disk
 
 
 def points(*manifests: Manifest) -> Points:
@@ -62,6 +64,16 @@ def test_the_tree() -> None:
     assert WEEK.newest("nobody") is None
     assert WEEK.of("test") == ("x",)
     assert Points({}).newest() is None
+
+
+@pytest.mark.parametrize("seconds", [0, -3600])
+def test_with_the_history_lost_the_next_point_stands_on_the_last(seconds: int) -> None:
+    """Also where two were made within a second, or the host's clock was put back between them."""
+    found = points(manifest("mo"), manifest("tu", "mo", created=NOON + seconds))
+    assert find_base(History(), UUID, {"l": found}) == Base("l", "tu", None)
+    other = points(manifest("x", created=NOON + 1))
+    assert find_base(History(), UUID, {"l": found, "k": other}) == Base("k", "x", None)
+    assert find_base(History(), OTHER_UUID, {"l": found}) is None
 
 
 def test_chains_are_followed_disk_by_disk() -> None:

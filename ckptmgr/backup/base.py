@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..checkpoint import Checkpoint
@@ -39,20 +39,36 @@ def find_base(history: History, uuid: str, lineages: Mapping[str, Points]) -> Ba
                 for point in _of(history.get(name), uuid, points):
                     return Base(key, point, name)
     others = [
-        (points.get(point).created, Base(key, point, name))
+        Base(key, point, name)
         for name, checkpoint in history.checkpoints.items()
         for key, points in lineages.items()
         for point in _of(checkpoint, uuid, points)
     ]
-    if others:
-        return max(others, key=lambda other: (other[0], other[1].point))[1]
     strangers = [
-        (points.get(point).created, Base(key, point, None))
+        Base(key, point, None)
         for key, points in lineages.items()
         for point in points.of(uuid)
         if points.broken(point) is None
     ]
-    return max(strangers, key=lambda each: each[0])[1] if strangers else None
+    return _newest(others or strangers, lineages)
+
+
+def _newest(found: Iterable[Base], lineages: Mapping[str, Points]) -> Base | None:
+    """The last of each lineage, whatever the host's clock said; of these the one made last."""
+    last: dict[str, tuple[int, Base]] = {}
+    ranks = {
+        key: {name: rank for rank, name in enumerate(points.by_time())}
+        for key, points in lineages.items()
+    }
+    for base in found:
+        rank = ranks[base.lineage][base.point]
+        if base.lineage not in last or rank > last[base.lineage][0]:
+            last[base.lineage] = rank, base
+    return max(
+        (base for _, base in last.values()),
+        key=lambda base: lineages[base.lineage].get(base.point).created,
+        default=None,
+    )
 
 
 def _of(checkpoint: Checkpoint, uuid: str, points: Points) -> Iterator[str]:

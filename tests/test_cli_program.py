@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,15 @@ def test_a_missing_module_is_told_without_a_traceback(host: Host, capsys: Output
     assert "'nbd' is not installed" in capsys.readouterr().err
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """As on a terminal: `nohup` has what it runs ignore them, and so do we."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 def test_a_signal_closes_the_connection_and_is_told(host: Host, capsys: Output) -> None:
     before = signal.getsignal(signal.SIGTERM)
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):

@@ -1,33 +1,24 @@
-"""Reading the blocks of a disk from an NBD export, as fast as the server gives them.
-
-    main thread       asks the server, which has several requests to work on at any time
-    workers           what can be done to each request by itself: digests, compression
-    one more thread   what has to be done in the order of the disk: writing
-
-libnbd 1.14 keeps a reference to each buffer for every request that used it, so the buffers are
-few, and used again and again by all connections of the process; that bounds the memory, too.
-"""
+"""Reading the blocks of a disk from an NBD export, as fast as the server gives them."""
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from errno import EIO
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import nbd
 
 from .. import nbd as nbd_client
 from ..errors import OperationFailed
-from .block import BLOCK, ZERO, block_count, digest
+from .batch import Batch, Buffer, Chunk, Zeroes
+from .block import BLOCK, block_count
 from .defect import Extent, first_defect, unreadable
-from .rate import REQUEST, UNLIMITED, Rate
+from .pipeline import Pipeline, Reader
+from .rate import UNLIMITED, Rate
 
 if TYPE_CHECKING:
     from ..plan.steps import Server
@@ -45,129 +36,11 @@ _READS_ZERO = 2  # NBD_STATE_ZERO
 _STATUS_SPAN = 16384
 """Blocks that the server is asked about at once, to know which are zero: 1 GiB."""
 
-_ITEMS = 64
-"""Chunks and runs of zeroes in a batch at most."""
-
-_POLL = 0.2
-"""Seconds after which a waiting thread looks whether it is to go on, for ^C."""
-
 Runs = Iterable[tuple[int, int]]
 """Runs of blocks, ``(first, count)``, ascending."""
 
-
-class Buffer:
-    """Room for one request, or for several small ones."""
-
-    def __init__(self) -> None:
-        self.room = bytearray(REQUEST * BLOCK)
-        self._parts: dict[tuple[int, int], nbd.Buffer] = {}
-
-    def part(self, start: int, length: int) -> nbd.Buffer:
-        """libnbd's object for `length` bytes from `start` on, always the same one."""
-        found = self._parts.get((start, length))
-        if found is None:
-            view = memoryview(self.room)[start : start + length]
-            found = self._parts[start, length] = nbd.Buffer.from_buffer(view)
-        return found
-
-
-_spare: deque[Buffer] = deque()
-"""Buffers that nobody uses now."""
-
-
-@dataclass
-class Chunk:
-    """Consecutive blocks as they were read.
-
-    first -- number of the first
-    data -- their bytes; to be used before `take` returns
-    room -- libnbd's object for these
-    """
-
-    first: int
-    data: memoryview
-    room: nbd.Buffer = field(repr=False)
-
-    def blocks(self) -> Iterator[tuple[int, memoryview]]:
-        """Each block's number and bytes."""
-        for number, start in enumerate(range(0, len(self.data), BLOCK), self.first):
-            yield number, self.data[start : start + BLOCK]
-
-    def digests(self) -> list[bytes]:
-        """Each block's digest, ZERO for one that is all zeroes."""
-        found = []
-        for start in range(0, len(self.data), BLOCK):
-            length = min(BLOCK, len(self.data) - start)
-            if self.room.is_zero(start, length):
-                found.append(ZERO)
-            else:
-                found.append(digest(self.data[start : start + length]))
-        return found
-
-
-@dataclass(frozen=True)
-class _Zero:
-    first: int
-    count: int
-    size: int
-
-    @property
-    def length(self) -> int:
-        return min((self.first + self.count) * BLOCK, self.size) - self.first * BLOCK
-
-
-class Batch:
-    """What goes from thread to thread at once: chunks in one buffer, and zeroes between them.
-
-    items -- in the order of the disk
-    cookies -- of the requests for the chunks
-    buffer -- None while there is no chunk
-    """
-
-    def __init__(self) -> None:
-        self.items: list[Chunk | _Zero] = []
-        self.cookies: list[int] = []
-        self.buffer: Buffer | None = None
-        self._used = 0
-
-    def fits(self, length: int) -> bool:
-        """Whether there is room for that many bytes more."""
-        return self._used + length <= REQUEST * BLOCK and len(self.items) < _ITEMS
-
-    def room(self, length: int) -> tuple[memoryview, nbd.Buffer]:
-        """Room for `length` bytes in the buffer, as a chunk has it."""
-        assert self.buffer is not None  # noqa: S101 -- whoever wants room in it has put one there
-        start, self._used = self._used, self._used + block_count(length) * BLOCK
-        return memoryview(self.buffer.room)[start : start + length], self.buffer.part(start, length)
-
-
 _Flying = deque[Batch]
 """What is asked of the server, in order."""
-
-
-class Reader(Protocol, Generic[T]):
-    """What becomes of the blocks."""
-
-    @property
-    def workers(self) -> int:
-        """How many threads prepare.
-
-        One makes digests faster than a server sends; a second is in the way of it, unless there is
-        more to be done.
-        """
-        ...
-
-    def prepare(self, chunk: Chunk) -> T:
-        """What needs no order; called by several threads."""
-        ...
-
-    def take(self, chunk: Chunk, prepared: T) -> None:
-        """The rest, in the order of the blocks."""
-        ...
-
-    def zero(self, first: int, count: int) -> None:
-        """Blocks of which the server says that they read as zeroes; in the same order."""
-        ...
 
 
 class Source:
@@ -301,55 +174,55 @@ class Source:
                         yield item.first * BLOCK, len(item.data)
 
         room = BUFFERS * reader.workers
-        with self._failing(asked), Order(reader, progress, watch, buffers=room) as order:
+        with self._failing(asked), Pipeline(reader, progress, watch, buffers=room) as pipeline:
             for zero, first, count in self._pieces(runs, rate.request):
                 length = min(count * BLOCK, self.size - first * BLOCK)
                 seconds = 0.0 if zero else rate.wait(length)
                 if seconds > 0 or not batch.fits(0 if zero else length):
-                    self._send(batch, flying, order)
+                    self._send(batch, flying, pipeline)
                     batch = Batch()
                 if seconds > 0:
-                    self._land_all(flying, order)
-                    order.pause(seconds)
+                    self._land_all(flying, pipeline)
+                    pipeline.pause(seconds)
                 if zero:
-                    batch.items.append(_Zero(first, count, self.size))
+                    batch.items.append(Zeroes(first, count, self.size))
                     continue
                 if batch.buffer is None:
-                    batch.buffer = self._buffer(flying, order)
+                    batch.buffer = self._buffer(flying, pipeline)
                 chunk = Chunk(first, *batch.room(length))
                 batch.items.append(chunk)
                 batch.cookies.append(self._handle.aio_pread(chunk.room, first * BLOCK))
-            self._send(batch, flying, order)
-            self._land_all(flying, order)
+            self._send(batch, flying, pipeline)
+            self._land_all(flying, pipeline)
 
-    def _send(self, batch: Batch, flying: _Flying, order: Order[T]) -> None:
+    def _send(self, batch: Batch, flying: _Flying, pipeline: Pipeline[T]) -> None:
         """Nothing more is asked for with this one."""
         flying.append(batch)
         while len(flying) >= UNDER_WAY:
-            self._land(flying, order)
+            self._land(flying, pipeline)
 
-    def _land(self, flying: _Flying, order: Order[T]) -> None:
+    def _land(self, flying: _Flying, pipeline: Pipeline[T]) -> None:
         """Wait for the oldest batch, and hand it on."""
-        order.check()
+        pipeline.check()
         oldest = flying[0]
         for cookie in oldest.cookies:
             deadline = time.monotonic() + nbd_client.ANSWER_TIMEOUT
             while not self._handle.aio_command_completed(cookie):
-                order.check()
+                pipeline.check()
                 nbd_client.poll(self._handle, deadline, self.disk)
         flying.popleft()
-        order.put(oldest)
+        pipeline.put(oldest)
 
-    def _land_all(self, flying: _Flying, order: Order[T]) -> None:
+    def _land_all(self, flying: _Flying, pipeline: Pipeline[T]) -> None:
         while flying:
-            self._land(flying, order)
+            self._land(flying, pipeline)
 
-    def _buffer(self, flying: _Flying, order: Order[T]) -> Buffer:
-        while (found := order.buffer()) is None:
+    def _buffer(self, flying: _Flying, pipeline: Pipeline[T]) -> Buffer:
+        while (found := pipeline.buffer()) is None:
             if flying:
-                self._land(flying, order)
+                self._land(flying, pipeline)
             else:
-                order.wait()
+                pipeline.wait()
         return found
 
 
@@ -369,111 +242,6 @@ def _spans(runs: Runs) -> Iterator[list[tuple[int, int]]]:
             first, count = first + taken, count - taken
     if part:
         yield part
-
-
-class Order(Generic[T]):
-    """Hands batches to a reader: `prepare` side by side, the rest in the order they came in.
-
-    buffers -- how many there may be at any time, those that are only asked for included
-    """
-
-    def __init__(
-        self,
-        reader: Reader[T],
-        progress: Callable[[int], None],
-        watch: Callable[[], None],
-        *,
-        buffers: int,
-    ) -> None:
-        self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
-        self._room = buffers
-        self._reader = reader
-        self._progress = progress
-        self._watch = watch
-        self._queue: queue.SimpleQueue[tuple[Batch, Future[list[T]]] | None] = queue.SimpleQueue()
-        self._failed: BaseException | None = None
-        self._workers = ThreadPoolExecutor(reader.workers, "ckptmgr-digest")
-        self._thread = threading.Thread(target=self._run, name="ckptmgr-write", daemon=True)
-
-    def __enter__(self) -> Order[T]:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None and self._failed is None:
-            self._failed = _Stopped()
-        self._queue.put(None)
-        self._thread.join()
-        self._workers.shutdown()
-        while not self._free.empty():
-            _spare.append(self._free.get_nowait())
-        if kind is None and self._failed is not None:
-            raise self._failed
-
-    def check(self) -> None:
-        """Raise what the reader has raised, or `watch` raises."""
-        if self._failed is not None:
-            raise self._failed
-        self._watch()
-
-    def pause(self, seconds: float) -> None:
-        """Wait; raises as `check`."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            self.check()
-            time.sleep(min(left, _POLL))
-
-    def buffer(self) -> Buffer | None:
-        """A buffer that nobody uses now; None: `wait` until one is handed back."""
-        with suppress(queue.Empty):
-            return self._free.get_nowait()
-        if not self._room:
-            return None
-        self._room -= 1
-        with suppress(IndexError):
-            return _spare.pop()
-        return Buffer()
-
-    def wait(self) -> None:
-        """Wait for a moment in which a buffer may be handed back; raises as `check`."""
-        with suppress(queue.Empty):
-            self._free.put(self._free.get(timeout=_POLL))
-        self.check()
-
-    def put(self, batch: Batch) -> None:
-        """Hand on what was read."""
-        self._queue.put((batch, self._workers.submit(self._prepare, batch)))
-
-    def _prepare(self, batch: Batch) -> list[T]:
-        return [self._reader.prepare(item) for item in batch.items if isinstance(item, Chunk)]
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            batch, prepared = item
-            try:
-                self._take(batch, prepared)
-            except BaseException as error:  # noqa: BLE001 -- raised by the other thread's check()
-                if self._failed is None:
-                    self._failed = error
-            finally:
-                if batch.buffer is not None:
-                    self._free.put(batch.buffer)
-
-    def _take(self, batch: Batch, prepared: Future[list[T]]) -> None:
-        done = iter(prepared.result())  # also after a failure: nothing may use the buffer then
-        if self._failed is not None:
-            return
-        for item in batch.items:
-            if isinstance(item, _Zero):
-                self._reader.zero(item.first, item.count)
-                self._progress(item.length)
-            else:
-                self._reader.take(item, next(done))
-                self._progress(len(item.data))
-
-
-class _Stopped(Exception):
-    """The reading ended early."""
 
 
 @dataclass(frozen=True)

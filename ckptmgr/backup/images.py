@@ -32,10 +32,11 @@ from ..qcow2 import (
     unpack_table,
 )
 from ..store import files
+from .batch import Batch, Chunk
 from .block import BLOCK
-from .copying import Batch, Chunk, Order
 from .digests import Digests, held, runs
 from .failure import failing
+from .pipeline import Pipeline
 from .qcow2 import CLUSTER_BITS, CSIZE_SHIFT, ENTRIES
 from .rate import REQUEST
 
@@ -235,19 +236,19 @@ def read_images(
         [(first, count, each.index) for first, count in runs(each.data)] for each in held(digests)
     ]
     reader = _Filling(images, consume)
-    with Order(reader, progress, lambda: None, buffers=_BUFFERS) as order:
+    with Pipeline(reader, progress, lambda: None, buffers=_BUFFERS) as pipeline:
         batch = Batch()
         for first, count, layer in merge(*layers):
             for begin in range(first, first + count, REQUEST):
                 blocks = min(REQUEST, first + count - begin)
                 length = min(blocks * BLOCK, size - begin * BLOCK)
                 if not batch.fits(length):
-                    order.put(batch)
-                    order.check()
+                    pipeline.put(batch)
+                    pipeline.check()
                     batch = Batch()
                 while batch.buffer is None:
-                    batch.buffer = order.buffer()
+                    batch.buffer = pipeline.buffer()
                     if batch.buffer is None:
-                        order.wait()
+                        pipeline.wait()
                 batch.items.append(LayerChunk(begin, *batch.room(length), layer))
-        order.put(batch)
+        pipeline.put(batch)

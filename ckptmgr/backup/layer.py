@@ -15,8 +15,8 @@ from typing import NamedTuple
 import zstandard
 from pyroaring import BitMap64
 
+from .batch import Chunk
 from .block import BLOCK, ZERO
-from .copying import Chunk
 from .digests import Digests, DigestWriter, effective, held
 from .failure import failing
 from .qcow2 import LEVEL, Qcow2Writer

@@ -16,8 +16,9 @@ import zstandard
 from pyroaring import AbstractBitMap64, BitMap64
 
 from ..errors import OperationFailed, RepositoryDamaged
+from .batch import Chunk
 from .block import BLOCK, ZERO, block_count, block_length, digest
-from .copying import Chunk, Source
+from .copying import Source
 from .digests import Digests, DigestWriter, held, runs
 from .failure import failing
 from .qcow2 import LEVEL, Qcow2Writer

@@ -231,6 +231,18 @@ class Branches:
         assert taken.checkpoint == self.at
         return taken
 
+    def begin(self) -> None:
+        """c1, snapshot s1, c2, snapshot s2, with writes before, between and after."""
+        self.scatter(1)
+        self.create("c1")
+        self.scatter(2)
+        self.snapshot("s1")
+        self.scatter(3)
+        self.create("c2")
+        self.scatter(4)
+        self.snapshot("s2")
+        self.scatter(5)
+
     def taken(self, name: str) -> None:
         """A snapshot called `name` was taken now, by whomever."""
         state = self.state()

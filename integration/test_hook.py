@@ -59,19 +59,6 @@ def virsh_revert(scene: Branches, name: str) -> None:
     scene.moved()
 
 
-def begun(scene: Branches) -> None:
-    """c1, snapshot s1, c2, snapshot s2, with writes before, between and after."""
-    scene.scatter(1)
-    scene.create("c1")
-    scene.scatter(2)
-    scene.snapshot("s1")
-    scene.scatter(3)
-    scene.create("c2")
-    scene.scatter(4)
-    scene.snapshot("s2")
-    scene.scatter(5)
-
-
 def sound(scene: Branches) -> None:
     scene.require_tree()
     scene.check_all()
@@ -81,7 +68,7 @@ def sound(scene: Branches) -> None:
 
 
 def test_a_plain_revert_runs_on_and_branches(scene: Branches, tmp_path: Path) -> None:
-    begun(scene)
+    scene.begin()
     virsh_revert(scene, "s1")
     assert scene.state() == "running"
     assert bitmaps(scene.machine) == set()
@@ -100,7 +87,7 @@ def test_a_plain_revert_runs_on_and_branches(scene: Branches, tmp_path: Path) ->
 
 def test_what_was_written_until_the_revert_is_kept(scene: Branches) -> None:
     """So a later revert of ours, to a snapshot on the line that was left, is exact."""
-    begun(scene)
+    scene.begin()
     virsh_revert(scene, "s1")
     made = scene.revert("s2")
     difference = scene.domain.diff("c2", made.name)
@@ -163,7 +150,7 @@ def test_a_machine_that_was_off_reverts_where_its_definition_tells_its_backing_c
 
 
 def test_reverts_on_end_with_no_command_between(scene: Branches) -> None:
-    begun(scene)
+    scene.begin()
     for number, name in enumerate(("s1", "s2", "s2", "s1"), 6):
         virsh_revert(scene, name)
         scene.scatter(number)
@@ -176,7 +163,7 @@ def test_reverts_on_end_with_no_command_between(scene: Branches) -> None:
 
 
 def test_repair_takes_a_revert_in_as_well(scene: Branches) -> None:
-    begun(scene)
+    scene.begin()
     virsh_revert(scene, "s1")
     assert [each.code for each in scene.domain.repair()] == ["reverted"]
     current = scene.domain.current()
@@ -187,7 +174,7 @@ def test_repair_takes_a_revert_in_as_well(scene: Branches) -> None:
 
 
 def test_ordinary_starts_and_restores_change_nothing(scene: Branches) -> None:
-    begun(scene)
+    scene.begin()
     folder = Store(scene.store).domain(scene.machine.domain.UUIDString()).path
     before = {path.name: path.read_bytes() for path in folder.glob("[!.]*.*")}
     scene.machine.stop()
@@ -204,14 +191,14 @@ def test_ordinary_starts_and_restores_change_nothing(scene: Branches) -> None:
 
 
 def test_our_own_reverts_are_left_alone(scene: Branches) -> None:
-    begun(scene)
+    scene.begin()
     made = scene.revert("s1")
     assert scene.between("c1", made.name)[1] is False
     sound(scene)
 
 
 def test_without_the_hook_the_same_revert_ends_the_machine(scene: Branches, daemon: Daemon) -> None:
-    begun(scene)
+    scene.begin()
     uninstall(HOOKS)
     with pytest.raises(libvirt.libvirtError):
         virsh_revert(scene, "s1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint import Checkpoint
@@ -53,22 +53,13 @@ def find_base(history: History, uuid: str, lineages: Mapping[str, Points]) -> Ba
     return _newest(others or strangers, lineages)
 
 
-def _newest(found: Iterable[Base], lineages: Mapping[str, Points]) -> Base | None:
+def _newest(found: Sequence[Base], lineages: Mapping[str, Points]) -> Base | None:
     """The last of each lineage, whatever the host's clock said; of these the one made last."""
-    last: dict[str, tuple[int, Base]] = {}
-    ranks = {
-        key: {name: rank for rank, name in enumerate(points.by_time())}
-        for key, points in lineages.items()
-    }
-    for base in found:
-        rank = ranks[base.lineage][base.point]
-        if base.lineage not in last or rank > last[base.lineage][0]:
-            last[base.lineage] = rank, base
-    return max(
-        (base for _, base in last.values()),
-        key=lambda base: lineages[base.lineage].get(base.point).created,
-        default=None,
-    )
+    last: list[Base] = []
+    for key, points in lineages.items():
+        here = {base.point: base for base in found if base.lineage == key}
+        last += [here[name] for name in points.by_time() if name in here][-1:]
+    return max(last, key=lambda base: lineages[base.lineage].get(base.point).created, default=None)
 
 
 def _of(checkpoint: Checkpoint, uuid: str, points: Points) -> Iterator[str]:

@@ -91,7 +91,9 @@ class _Attempts:
     def __call__(self, extent: Extent) -> bool | None:
         """Raises nbd.Error for any other failure than EIO."""
         start, length = extent
-        room = self._rooms.setdefault(length, nbd.Buffer(length))
+        if length not in self._rooms:
+            self._rooms[length] = nbd.Buffer(length)
+        room = self._rooms[length]
         cookie = self._handle.aio_pread(room, start)
         try:
             while not self._handle.aio_command_completed(cookie):

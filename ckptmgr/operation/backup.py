@@ -43,6 +43,7 @@ from ..plan.request import CreateRequest
 from ..plan.steps import Direct, Plan
 from ..store import Intent, Loaded
 from . import creation, preparation, repositories
+from .naming import free_name
 from .pausing import while_standing
 from .point import Progress, Request, RestorePoint
 from .preparation import Served
@@ -150,7 +151,7 @@ def _tracked(session: Session) -> bool:
 
 
 def _name(session: Session, loaded: Loaded, lineage: Lineage, asked: str | None) -> str:
-    taken = set(lineage.names())
+    taken = lineage.names()
     if asked is not None:
         if asked in taken:
             raise PointExists(
@@ -158,11 +159,8 @@ def _name(session: Session, loaded: Loaded, lineage: Lineage, asked: str | None)
                 hint="choose another name",
             )
         return asked
-    taken |= {*loaded.history.checkpoints, *loaded.damaged_names, *loaded.record.moved}
-    if session.tells_libvirt:
-        taken |= set(known_names(session.adapter))
-    now = int(time.time())
-    return next(name for name in map(str, range(now, now + len(taken) + 1)) if name not in taken)
+    known = known_names(session.adapter) if session.tells_libvirt else ()
+    return free_name(loaded, int(time.time()), (*taken, *known))
 
 
 @contextmanager

@@ -27,13 +27,5 @@ def make(make_vm_on: MakeMachine, stand: Stand, engine: str, tmp_path: Path) -> 
 def scene(make: MakeBranches) -> Branches:
     """c1, snapshot s1, c2, snapshot s2, with writes before, between and after."""
     scene = make()
-    scene.scatter(1)
-    scene.create("c1")
-    scene.scatter(2)
-    scene.snapshot("s1")
-    scene.scatter(3)
-    scene.create("c2")
-    scene.scatter(4)
-    scene.snapshot("s2")
-    scene.scatter(5)
+    scene.begin()
     return scene

@@ -148,6 +148,13 @@ def test_who_asks_for_that_domain_is_told_and_can_have_it_taken_back(tmp_path: P
     assert remnants.plan_take_back(connection, store, "web2") is None
 
 
+def test_a_store_that_cannot_be_read_says_nothing_of_unknown_domains(tmp_path: Path) -> None:
+    """As to a user who may ask libvirt, and not read the system's store."""
+    (tmp_path / "store").write_text("")
+    connection: Any = Connection()
+    assert remnants.find(connection, Store(tmp_path / "store"), "web2") is None
+
+
 def test_nobody_is_told_of_what_is_under_way_or_of_another_libvirts(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     interrupted(store, tmp_path / "new")

@@ -59,8 +59,13 @@ def take_back_interrupted(connection: Connection, store: Store) -> None:
 
 
 def find(connection: Connection, store: Store, name: str) -> Finding | None:
-    """What there is of a new domain with this name or UUID."""
-    found = _each(connection, store, name, lambda part, intent: _finding(intent))
+    """What there is of a new domain with this name or UUID; nothing where the store keeps that from
+    us: that there is no such domain is true all the same.
+    """
+    try:
+        found = _each(connection, store, name, lambda part, intent: _finding(intent))
+    except StoreFailed:
+        return None
     return found[0] if found else None
 
 

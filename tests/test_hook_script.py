@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from shlex import quote
 
@@ -248,6 +249,18 @@ def test_python_s_part_takes_garbage_too(tmp_path: Path) -> None:
     for arguments in ([], ["x"], [str(tmp_path), "no uuid", "start", "/x"]):
         assert main(arguments) == 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("streams", ["2>/dev/full", "2>&-", ">&- 2>&-"])
+def test_python_s_part_exits_with_0_where_nobody_hears_it(streams: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m ckptmgr.hook store uuid {streams}', sys.executable],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_the_script_is_what_status_compares_with(tmp_path: Path) -> None:

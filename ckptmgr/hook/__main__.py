@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import syslog
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import CkptmgrError, InvalidDocument
@@ -27,8 +28,10 @@ def main(arguments: list[str]) -> int:
         said = f"a revert was left alone: {error}"
     if said:
         text = f"ckptmgr: domain {arguments[1] if len(arguments) > 1 else '?'}: {said}"
-        print(text, file=sys.stderr)
         syslog.syslog(syslog.LOG_NOTICE, text)
+        if sys.stderr is not None:  # closed
+            with suppress(OSError):
+                print(text, file=sys.stderr)
     return 0
 
 

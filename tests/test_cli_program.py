@@ -306,34 +306,6 @@ def test_version_with_other_options_is_told_too() -> None:
     assert done.returncode == 0
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
-    program = subprocess.Popen(
-        [sys.executable, "-m", "ckptmgr", "completion", "bash"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert program.stdout is not None
-    program.stdout.close()
-    _, error = program.communicate(timeout=60)
-    assert error == b""
-    assert program.returncode == 128 + signal.SIGPIPE
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")  # noqa: PTH110
-def test_output_that_cannot_be_written_is_a_failure() -> None:
-    with open("/dev/full", "w") as full:  # noqa: PTH123
-        done = subprocess.run(
-            [sys.executable, "-m", "ckptmgr", "completion", "bash"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    assert done.returncode == 1
-    assert done.stderr == "ckptmgr: error: standard output: No space left on device\n"
-
-
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
 def test_no_file_takes_the_place_of_a_closed_standard_stream(
     closed: tuple[int, ...], tmp_path: Path

@@ -14,10 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _open_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words == ["--version"]:  # asked for by scripts, so not worth loading a parser
-        from .._version import __version__
-
-        print(f"ckptmgr {__version__}")
-        return 0
+        return _say_version()
     if arguments is None:
         gc.set_threshold(100_000)  # what a command makes lives about as long as its process
     from .program import run
@@ -26,6 +23,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         gc.freeze()  # the end of the process frees it all anyway, without looking at each object
     return status
+
+
+def _say_version() -> int:
+    from .._version import __version__
+    from .output import OutputLost, write
+
+    try:
+        write([f"ckptmgr {__version__}\n"])
+    except OutputLost as lost:
+        from .failure import report_lost
+
+        return report_lost(lost)
+    return 0
 
 
 def _open_standard_streams() -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 import click
 
 from ..errors import CkptmgrError
-from .answer import Document, OutputClosed, print_document
+from .answer import Document, print_document
+from .output import OutputLost
 from .terminal import Style, terminal
 from .text import visible, visible_lines
 
@@ -90,14 +91,33 @@ def _usage_failure(error: click.UsageError) -> Failure:
 
 def report(failed: Failure, *, as_json: bool) -> int:
     """Print why the command failed, and return the exit status."""
+    if not as_json:
+        _tell(failed)
+        return failed.status
     try:
-        if as_json:
-            print_document(failed.json())
-        else:
-            _print_lines(failed)
-    except (OutputClosed, OSError):
-        pass  # there is nobody left to tell; the exit status still says it
+        print_document(failed.json())
+    except OutputLost as lost:
+        report_lost(lost)
     return failed.status
+
+
+def report_lost(lost: OutputLost) -> int:
+    """Say that the answer could not be written, and return the exit status.
+
+    That goes to standard error, also where JSON is asked for.  A reader that has gone is told
+    nothing: the status is that of a process that SIGPIPE ended.
+    """
+    if lost.reason is None:
+        return 128 + signal.SIGPIPE
+    failed = Failure("failed", f"writing the output failed: {lost.reason}", 1)
+    _tell(failed)
+    return failed.status
+
+
+def _tell(failed: Failure) -> None:
+    # Where that fails there is nobody left to tell; the exit status still says it.
+    with suppress(OSError):
+        _print_lines(failed)
 
 
 def _print_lines(failed: Failure) -> None:
@@ -111,10 +131,3 @@ def _print_lines(failed: Failure) -> None:
         lines.append(f"{ours.paint('hint:', Style.STRONG)} {visible(failed.hint)}")
     sys.stderr.writelines(f"{line}\n" for line in lines)
     sys.stderr.flush()
-
-
-def abandon_output() -> int:
-    """Nobody reads standard output any more: the exit status of a process that SIGPIPE ended."""
-    # The interpreter flushes standard output as it exits and would complain once more.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE

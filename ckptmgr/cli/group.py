@@ -9,12 +9,13 @@ import click
 from click.core import augment_usage_errors
 
 from .failure import Usage
+from .help import Helped
 from .session import global_options
 
 _ANYWHERE = global_options(hidden=True)
 
 
-class Group(click.Group):
+class Group(Helped, click.Group):
     """Commands in the order in which they were added; a wrong name gets a hint.
 
     meant -- other names, and the command that they mean here

@@ -12,7 +12,6 @@ from types import FrameType
 
 import click
 
-from .._version import __version__
 from ..errors import CkptmgrError
 from . import (
     archive,
@@ -28,9 +27,11 @@ from . import (
     snapshots,
     verify,
 )
-from .answer import Answer, OutputClosed, print_answer
-from .failure import Interrupted, abandon_output, failure, report
+from .answer import Answer, print_answer
+from .failure import Interrupted, failure, report, report_lost
 from .group import Group
+from .help import version_option
+from .output import OutputLost
 from .session import Session, global_options
 
 # What virsh calls them, where it is not just "checkpoint-" and our name.
@@ -63,7 +64,6 @@ class Program(Group):
     subcommand_metavar="COMMAND [ARGUMENTS]",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.version_option(__version__, prog_name="ckptmgr", message="%(prog)s %(version)s")
 def program() -> None:
     """Checkpoints of libvirt/QEMU virtual machines, with a history that survives.
 
@@ -71,7 +71,7 @@ def program() -> None:
     """
 
 
-program.params[:0] = global_options()
+program.params[:] = [*global_options(), version_option()]
 for _module in (
     checkpoints,
     diff,
@@ -106,8 +106,8 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(answer, int):
             return answer
         print_answer(answer, as_json=session.json)
-    except OutputClosed:
-        return abandon_output()
+    except OutputLost as lost:
+        return report_lost(lost)
     except click.UsageError as error:
         # --json may stand behind what could not be understood.
         return report(failure(error), as_json=session.json or _asks_for_json(arguments))

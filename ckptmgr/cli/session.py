@@ -13,6 +13,7 @@ import click
 from click.core import augment_usage_errors
 
 from .arguments import FilePath
+from .help import Helped
 from .logs import log_to_stderr
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def global_options(*, hidden: bool = False) -> list[click.Option]:
 _ANYWHERE = global_options(hidden=True)
 
 
-class Command(click.Command):
+class Command(Helped):
     """A command that takes the global options after its name too, as virsh users type them."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:

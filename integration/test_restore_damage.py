@@ -21,6 +21,7 @@ from ckptmgr.backup.catalogue import Catalogue
 from ckptmgr.backup.volume import MARK
 from ckptmgr.engine.qemu_img import image_name
 from integration.conftest import MakeMachine
+from integration.devices import loop_device
 from integration.stand import DiskSpec, await_greeting
 from integration.test_backup import Backups
 from tests.restorable import content, restorable
@@ -228,15 +229,10 @@ def test_a_block_device_is_written_from_end_to_end(
     data = content("tuesday")
     backing = tmp_path / "backing"
     backing.write_bytes(random.Random(extra).randbytes(len(data) + extra))
-    device = subprocess.run(
-        ["losetup", "--find", "--show", backing], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    try:
-        done = catalogue.restore("web", "tuesday", onto={"vda": Path(device)})
+    with loop_device(backing) as device:
+        done = catalogue.restore("web", "tuesday", onto={"vda": device})
         assert done.disks[0].format == "raw"
-        assert Path(device).read_bytes() == data + bytes(extra)
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
+        assert device.read_bytes() == data + bytes(extra)
 
 
 def test_a_point_in_the_middle_that_is_gone_is_told(make_vm: MakeMachine, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..domain.devices import is_mounted
 from ..engine.qemu_img import check_free
 from ..errors import Busy, CkptmgrError, InvalidRequest, RepositoryFailed, RestoreFailed
 from . import overlays, temporaries
@@ -252,6 +253,12 @@ def _check(lineage: Lineage, points: Points, manifest: Manifest, place: Place) -
             f"{place.path} is in the repository", hint="restore to a place outside of it"
         )
     if place.kind in (Kind.REPLACEMENT, Kind.VOLUME):
+        if place.block and is_mounted(place.path):
+            raise Busy(
+                f"{place.path}, for disk {place.disk}, is mounted, or is what another device is "
+                "made of",
+                hint=_HINTS[errno.EBUSY],
+            )
         check_free(place.disk, str(place.path))
     elif os.path.lexists(place.path):
         raise InvalidRequest(

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 
 from ..checkpoint import EngineName
 from ..domain.adapter import DomainAdapter
+from ..domain.devices import Watch, is_device
+from ..errors import Busy, OperationFailed
 from ..nbd import read_dirty_map
 from ..plan.steps import (
     Export,
@@ -14,6 +16,7 @@ from ..plan.steps import (
     ImagesCheck,
     ImagesRelease,
     ImagesServe,
+    ImagesUnchanged,
     ReadImageMap,
     Step,
 )
@@ -31,6 +34,7 @@ class OfflineEngine:
         self.adapter = adapter
         self._libvirt = LibvirtEngine(adapter)
         self._servers = ExitStack()
+        self._watches: dict[str, Watch] = {}
 
     def run(self, steps: Sequence[Step]) -> Outcome:
         """Execute `steps`; see `Engine`."""
@@ -48,11 +52,17 @@ class OfflineEngine:
                 self._read(step, outcome)
             case ImagesServe():
                 for disk, image, form in step.images:
+                    if is_device(image):
+                        self._watches[disk] = _watch(disk, image)
                     server = self._servers.enter_context(serve_image(disk, image, form))
                     server.wait()
                     outcome.served[disk] = (server.socket, "")
             case ImagesRelease():
                 self._servers.close()
+            case ImagesUnchanged():
+                for disk, watch in self._watches.items():
+                    _check_undisturbed(disk, watch)
+                self._watches.clear()
             case _:
                 self._libvirt.perform(step, outcome)
 
@@ -61,3 +71,30 @@ class OfflineEngine:
         with serve(step.disk, step.image, step.bitmap) as server:
             found = read_dirty_map(server.socket, export, check=server.check)
         outcome.add(step.disk, found)
+
+
+def _watch(disk: str, image: str) -> Watch:
+    """Raises Busy, OperationFailed."""
+    check_free(disk, image)
+    try:
+        return Watch(image)
+    except OSError as error:
+        raise _unreadable(disk, image, error) from error
+
+
+def _check_undisturbed(disk: str, watch: Watch) -> None:
+    """Raises Busy, OperationFailed."""
+    try:
+        disturbed = watch.is_disturbed()
+    except OSError as error:
+        raise _unreadable(disk, watch.path, error) from error
+    if disturbed:
+        raise Busy(
+            f"{watch.path}, of disk {disk}, was opened or written while it was read, so what was "
+            "read is of no one instant",
+            hint="do it again while the domain stays shut off, or while it runs",
+        )
+
+
+def _unreadable(disk: str, image: str, error: OSError) -> OperationFailed:
+    return OperationFailed(f"the image {image} of disk {disk} cannot be read: {error.strerror}")

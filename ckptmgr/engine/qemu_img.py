@@ -11,12 +11,12 @@ import ctypes
 import json
 import os
 import signal
-import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..domain.devices import is_device
 from ..domain.locks import in_use
 from ..errors import (
     BitmapBroken,
@@ -43,17 +43,15 @@ def image_name(path: str, driver: str = "qcow2", **options: Any) -> str:
     driver -- its format
     options -- further blockdev options, ``backing=None`` for one without its backing file
     """
-    try:
-        block = stat.S_ISBLK(Path(path).stat().st_mode)
-    except OSError:
-        block = False  # the tool will say what is wrong with it
-    protocol = "host_device" if block else "file"
+    # Where there is nothing, the tool will say so.
+    protocol = "host_device" if is_device(path) else "file"
     image = {"driver": driver, "file": {"driver": protocol, "filename": path}, **options}
     return "json:" + json.dumps(image)
 
 
 def check_free(disk: str, path: str) -> None:
-    """See that the image can be written and that no QEMU program has it open.
+    """See that the image can be written and that no QEMU program has it open, nor, if it is on a
+    block device, any other.
 
     Asks for QEMU's own locks without taking them and without opening the image as qcow2, which
     would mark all its bitmaps as in use for a while.  Raises Busy, OperationFailed.
@@ -83,6 +81,9 @@ def change_bitmap(step: ImageBitmap) -> None:
     """Run ``qemu-img bitmap``.  Raises Busy, CheckpointExists, BitmapBroken, OperationFailed."""
     if step.missing_ok and not os.path.lexists(step.image):
         return
+    if is_device(step.image):
+        # Nothing would keep qemu-img from a device that a QEMU opened in a /dev of its own.
+        check_free(step.disk, step.image)
     options = [f"--{step.action}"]
     if step.granularity is not None:
         options += ["-g", str(step.granularity)]

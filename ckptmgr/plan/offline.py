@@ -26,6 +26,7 @@ from .steps import (
     ImagesCheck,
     ImagesRelease,
     ImagesServe,
+    ImagesUnchanged,
     Plan,
     ReadImageMap,
     Step,
@@ -51,10 +52,12 @@ def create(request: CreateRequest) -> Plan:
     if request.tell_libvirt and request.disks:
         told = (CheckpointRedefine(request.name, request.redefinition),)
     serve: tuple[Step, ...] = ()
+    release: tuple[Step, ...] = ()
     finish: tuple[Step, ...] = ()
     if request.serve:
         serve = (ImagesServe(tuple(_served(disk) for disk in request.serve)),)
-        finish = (ImagesRelease(),)
+        release = (ImagesRelease(),)
+        finish = (*release, ImagesUnchanged())
     return Plan(
         EngineName.OFFLINE,
         steps=(
@@ -68,7 +71,7 @@ def create(request: CreateRequest) -> Plan:
             *serve,
         ),
         finish=finish,
-        undo=finish
+        undo=release
         + undo_create(
             UndoRequest(
                 request.name,
@@ -77,7 +80,7 @@ def create(request: CreateRequest) -> Plan:
                 told_libvirt=bool(told),
             )
         ),
-        release=finish,
+        release=release,
     )
 
 

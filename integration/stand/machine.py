@@ -98,7 +98,10 @@ def domain_xml(
 
 
 def _disk_xml(disk: DiskSpec, image: Path | None) -> str:
-    source = "" if image is None else f"<source file={quoteattr(str(image))}/>"
+    kind, name = "file", "file"
+    if image is not None and image.is_block_device():
+        kind, name = "block", "dev"
+    source = "" if image is None else f"<source {name}={quoteattr(str(image))}/>"
     wanted = {
         "readonly": disk.read_only,
         "shareable": disk.shareable,
@@ -106,7 +109,7 @@ def _disk_xml(disk: DiskSpec, image: Path | None) -> str:
     }
     flags = "".join(f"<{name}/>" for name, is_wanted in wanted.items() if is_wanted)
     return (
-        f"<disk type='file' device='{disk.device}'>"
+        f"<disk type='{kind}' device='{disk.device}'>"
         f"<driver name='qemu' type='{disk.format}'/>{source}"
         f"<target dev='{disk.target}' bus='{disk.on_bus}'/>{flags}</disk>"
     )

@@ -17,7 +17,14 @@ from .api import (
     CheckpointPurge,
     CheckpointRedefine,
 )
-from .images import ImageBitmap, ImagesCheck, ImagesRelease, ImagesServe, ReadImageMap
+from .images import (
+    ImageBitmap,
+    ImagesCheck,
+    ImagesRelease,
+    ImagesServe,
+    ImagesUnchanged,
+    ReadImageMap,
+)
 from .qmp import (
     BitmapRef,
     BitmapsRemove,
@@ -50,6 +57,7 @@ __all__ = [
     "ImagesCheck",
     "ImagesRelease",
     "ImagesServe",
+    "ImagesUnchanged",
     "NbdExport",
     "NbdStart",
     "NbdStop",
@@ -115,6 +123,7 @@ Step = (
     | ScratchRemove
     | ImagesServe
     | ImagesRelease
+    | ImagesUnchanged
     | ImagesCheck
     | ImageBitmap
     | ReadImageMap

@@ -71,3 +71,14 @@ class ImagesRelease:
 
     def __str__(self) -> str:
         return "qemu-nbd: end"
+
+
+@dataclass(frozen=True)
+class ImagesUnchanged:
+    """See that nobody wrote to the block devices that `ImagesServe` served, once that has ended.
+
+    Its locks keep a QEMU from files, but not from devices: libvirt gives it nodes of its own.
+    """
+
+    def __str__(self) -> str:
+        return "see that nobody wrote to what was read"

@@ -1,0 +1,153 @@
+"""Disks on block devices: they are tracked, backed up and restored, and never taken from others."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ckptmgr
+from ckptmgr.domain import devices
+from ckptmgr.engine.qemu_img import image_name
+from integration.conftest import MakeMachine
+from integration.devices import loop_device, other_node
+from integration.stand import DiskSpec, rounded
+from integration.test_backup import Backups, modes
+
+MIB = 1 << 20
+
+pytestmark = pytest.mark.not_on_stacks("they have no loop devices")
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Path]:
+    """A block device of 24 MiB."""
+    with loop_device(tmp_path / "storage", 24 * MIB) as device:
+        yield device
+
+
+@pytest.fixture
+def qcow2(device: Path) -> DiskSpec:
+    """A disk of 16 MiB, qcow2 on a block device."""
+    size = 16 * MIB
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", device, str(size)], check=True)
+    return DiskSpec("vda", size=size, image=device)
+
+
+@contextlib.contextmanager
+def written_by_another(node: Path, format: str) -> Iterator[None]:
+    """A QEMU program that has the image open, and has written to it."""
+    command = ["qemu-io", image_name(str(node), format)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        program.stdin.write("write -P 7 8M 64k\n")
+        program.stdin.flush()
+        assert "wrote 65536/65536" in program.stdout.readline()
+        yield
+    assert program.returncode == 0
+
+
+def test_qcow2_on_a_device_is_tracked_and_backed_up(
+    make_vm: MakeMachine, qcow2: DiskSpec, tmp_path: Path
+) -> None:
+    """Running and shut off; what is written there meanwhile is what is copied."""
+    backups = Backups(make_vm([qcow2], state="running"), tmp_path)
+    machine = backups.machine
+    machine.write("vda", 0, MIB, 1)
+    made = [backups.take("full")]
+    machine.write("vda", 3 * MIB, 4096, 2)
+    assert machine.bitmaps("vda")["full"]["count"] == 65536
+    made.append(backups.take("running"))
+    machine.write("vda", 5 * MIB, 4096, 3)
+    machine.stop()
+    assert set(machine.bitmaps("vda")) == {"full", "running"}
+    with backups.domain() as domain:
+        domain.create("stopped")
+        machine.write("vda", 9 * MIB, MIB, 4)
+        (since,) = domain.diff("stopped").disks
+        assert since.extents() == rounded([(9 * MIB, MIB)])
+        (both,) = domain.diff("running").disks
+        assert both.extents() == rounded([(5 * MIB, 4096), (9 * MIB, MIB)])
+        assert domain.archive(1) == {"full": ("vda",), "running": ("vda",)}
+        domain.delete("full")
+        assert domain.check() == ()
+    assert set(machine.bitmaps("vda")) == {"stopped"}
+    made.append(backups.take("shut-off"))
+    assert [modes(each)["vda"] for each in made] == ["full", "incremental", "incremental"]
+    assert all(each.disks[0].reason is None for each in made[1:])
+    backups.check(*made)
+    machine.start()
+    machine.kill()
+    with backups.domain() as domain:
+        assert {each.code for each in domain.check()} == {"inconsistent-bitmap"}
+        domain.repair()
+        assert domain.check() == ()
+    assert machine.bitmaps("vda") == {}
+
+
+def test_a_device_that_another_node_was_opened_of_is_in_use(
+    make_vm: MakeMachine, qcow2: DiskSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt gives each QEMU a /dev with nodes of its own, on which its locks are."""
+    monkeypatch.setattr(devices, "PASSING", 0.1)
+    backups = Backups(make_vm([qcow2], state="stopped"), tmp_path)
+    device = backups.machine.images["vda"]
+    backups.take("full")
+    catalogue = ckptmgr.repository(backups.repository)
+    with other_node(device, tmp_path / "qemu") as node, written_by_another(node, "qcow2"):
+        before = device.read_bytes()
+        with pytest.raises(ckptmgr.Busy, match="in use"):
+            catalogue.restore(backups.machine.name, "full", onto={"vda": device})
+        with backups.domain() as domain:
+            with pytest.raises(ckptmgr.Busy, match="in use"):
+                domain.create("c1")
+            with pytest.raises(ckptmgr.Busy, match="in use"):
+                domain.delete("full")
+            assert "image-in-use" in [each.code for each in domain.check()]
+        assert device.read_bytes() == before
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+def test_a_device_that_is_written_while_it_is_backed_up_makes_no_point(
+    make_vm: MakeMachine,
+    qcow2: DiskSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ended: bool,
+    format: str,
+) -> None:
+    """No lock keeps a QEMU with a /dev of its own from a disk that is read while shut off."""
+    if not ended:
+        monkeypatch.setattr(devices, "PASSING", 0.1)
+    tracked = DiskSpec("vdb", size=4 * MIB)
+    disk = qcow2 if format == "qcow2" else DiskSpec("vda", "raw", image=qcow2.image)
+    backups = Backups(make_vm([disk, tracked], state="stopped"), tmp_path)
+    backups.take("before")
+    with contextlib.ExitStack() as others:
+        node = others.enter_context(other_node(backups.machine.images["vda"], tmp_path / "qemu"))
+        began: list[str] = []
+
+        def progress(disk: str, done: int, total: int) -> None:
+            if disk == "vdb" and not began:
+                began.append(disk)
+                writer = written_by_another(node, format)
+                if ended:
+                    with writer:
+                        pass
+                else:
+                    others.enter_context(writer)
+
+        with pytest.raises(ckptmgr.Busy, match="opened or written while it was read"):
+            backups.take("torn", held={}, progress=progress)
+        assert began
+    assert [point.name for point in ckptmgr.repository(backups.repository).points().points] == [
+        "before"
+    ]
+    backups.check(backups.take("after"))

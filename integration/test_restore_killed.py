@@ -15,6 +15,7 @@ import pytest
 
 import ckptmgr
 from ckptmgr.backup.volume import MARK
+from ckptmgr.consistency import Unfinished
 from ckptmgr.store import Store
 from integration.conftest import MakeMachine
 from integration.kill.boundaries import END, Boundaries, Victim
@@ -189,6 +190,8 @@ def is_taken_back(host: ckptmgr.Host, name: str, folder: Path) -> bool:
         assert "interrupted" not in caught.value.message
         assert not folder.exists() or list(folder.iterdir()) == []
         return False
+    assert isinstance(caught.value, Unfinished)
+    assert caught.value.finding == cured[0]
     assert cured[0].message in caught.value.message
     assert f"repair {name}" in str(caught.value.hint)
     assert not folder.exists()

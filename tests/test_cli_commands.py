@@ -305,6 +305,7 @@ def test_what_was_left_of_a_domain_that_never_came_to_be_is_told_and_cured(
     assert host.only.asked == [("take_back", ("web2",), {})]
     for words in (("check",), ("repair",), ("repair", "--dry-run")):
         document(capsys, *words, "web3", status=3)
+    assert host.only.asked == [("take_back", ("web2",), {})]  # the store was not searched for that
 
 
 def test_repair_tells_what_was_cured_and_what_is_left(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import NoDomain
 from .answer import Answer, Document
 from .arguments import domain_argument, dry_run_option
 from .checkpoints import planned
@@ -25,32 +24,37 @@ INCONSISTENT = 4
 
 def _found(host: Host, name: str) -> Sequence[Finding]:
     """Of a domain, or of one that was to be and that libvirt never knew."""
+    from ..consistency import Unfinished
+
     try:
-        return host.domain(name).check()
-    except NoDomain:
-        found = host.unfinished(name)
-        if found is None:
-            raise
-        return (found,)
+        domain = host.domain(name)
+    except Unfinished as error:
+        return (error.finding,)
+    return domain.check()
 
 
 def _plan(host: Host, name: str, foreign: bool) -> Plan:
+    from ..consistency import Unfinished
+
     try:
-        return host.domain(name).plan_repair(foreign=foreign)
-    except NoDomain:
+        domain = host.domain(name)
+    except Unfinished:
         plan = host.plan_take_back(name)
-        if plan is None:
+        if plan is None:  # somebody was quicker
             raise
         return plan
+    return domain.plan_repair(foreign=foreign)
 
 
 def _repaired(host: Host, name: str, foreign: bool) -> tuple[Sequence[Finding], Sequence[Finding]]:
     """What was cured, and what is left."""
+    from ..consistency import Unfinished
+
     try:
         domain = host.domain(name)
-    except NoDomain:
+    except Unfinished:
         cured = host.take_back(name)
-        if not cured:
+        if not cured:  # somebody was quicker
             raise
         return cured, ()
     return domain.repair(foreign=foreign), domain.check()

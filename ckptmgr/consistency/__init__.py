@@ -25,6 +25,7 @@ from .findings import (
     SetAside,
     SetCurrent,
     Settle,
+    Unfinished,
     consistent,
 )
 from .listed import listed
@@ -49,6 +50,7 @@ __all__ = [
     "SetAside",
     "SetCurrent",
     "Settle",
+    "Unfinished",
     "consistent",
     "examine",
 ]

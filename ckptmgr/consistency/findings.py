@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import NoDomain
+
 
 @dataclass(frozen=True)
 class Settle:
@@ -159,6 +161,17 @@ class Finding:
         if isinstance(self.action, RemoveBitmap) and self.action.foreign:
             return foreign
         return self.action is not None
+
+
+class Unfinished(NoDomain):
+    """There is no such domain, and an interrupted restore has left something of one.
+
+    finding -- what that is, and its cure
+    """
+
+    def __init__(self, message: str, *, hint: str, finding: Finding) -> None:
+        super().__init__(message, hint=hint)
+        self.finding = finding
 
 
 def consistent(findings: Iterable[Finding]) -> bool:

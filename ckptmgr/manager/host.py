@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .. import operation
 from ..checkpoint import EngineName
 from ..config import Settings, read_settings, settings_file, store_directory
+from ..consistency.findings import Unfinished
 from ..domain.adapter import DomainAdapter
 from ..domain.connection import Connection
 from ..domain.connection import connect as open_connection
@@ -107,7 +108,7 @@ class Host:
     def domain(self, name: str) -> Domain:
         """The domain with that name, UUID or id.
 
-        Raises NoDomain; it says so if a restore has left something of a new domain of that name.
+        Raises NoDomain; Unfinished if a restore has left something of a new domain of that name.
         """
         try:
             adapter = DomainAdapter.find(self._connection, name)
@@ -115,9 +116,10 @@ class Host:
             found = self.unfinished(name)
             if found is None:
                 raise
-            raise NoDomain(
+            raise Unfinished(
                 f"{error.message}: {found.message}",
                 hint=f"`ckptmgr repair {name}` removes what was written for it; restore it again",
+                finding=found,
             ) from error
         store = self._store.domain(adapter.uuid)
         return Domain(Session(adapter, store, self._settings, self._asked, _settled))

@@ -24,9 +24,9 @@ SNAPSHOTS = [
 ]
 """Where the tests of snapshots are run: they last, and the oldest and the newest show most."""
 
-own = pytest.mark.releases()
-"""On the other releases with --long alone: what it shows does not depend on them, or is a part of
-what the random histories do there.
+releases_if_long = pytest.mark.releases()
+"""For a test that is run on the other releases with --long alone: what it shows does not depend on
+them, or is a part of what the random histories do there.
 """
 
 

@@ -15,7 +15,7 @@ from integration.evidence import unchanged
 from integration.stacks.table import Cell
 from integration.stand import MIB, DiskSpec, Machine, await_greeting
 
-from .scene import SNAPSHOTS, MakeBranches, goes_on, may_load, own, repaired, sound
+from .scene import SNAPSHOTS, MakeBranches, goes_on, may_load, releases_if_long, repaired, sound
 
 pytestmark = SNAPSHOTS
 
@@ -41,7 +41,7 @@ def after_job(scene: Branches, job: str, *, resized: bool = False) -> None:
     "resized",
     [
         pytest.param(False, id=""),
-        pytest.param(True, id="after a resize", marks=[own, pytest.mark.thorough]),
+        pytest.param(True, id="after a resize", marks=[releases_if_long, pytest.mark.thorough]),
     ],
 )
 @pytest.mark.parametrize("job", JOBS)
@@ -98,7 +98,7 @@ def test_fact_23_changes_are_not_called_clean(make: MakeBranches) -> None:
     repaired(scene)
 
 
-@own
+@releases_if_long
 def test_the_disk_grows_before_a_snapshot(make: MakeBranches) -> None:
     """What came to the disk is a part of what changed since."""
     scene = make((DiskSpec("vda", size=4 * MIB),))
@@ -115,7 +115,7 @@ def test_the_disk_grows_before_a_snapshot(make: MakeBranches) -> None:
     scene.check_all()
 
 
-@own
+@releases_if_long
 def test_a_revert_from_an_overlay_to_a_snapshot_in_its_base(scene: Branches, cell: Cell) -> None:
     block_jobs.overlay(scene.machine)
     scene.find()
@@ -129,7 +129,7 @@ def test_a_revert_from_an_overlay_to_a_snapshot_in_its_base(scene: Branches, cel
     goes_on(scene, "later", 9)
 
 
-@own
+@releases_if_long
 def test_a_snapshot_whose_base_was_written_since_is_refused(scene: Branches, cell: Cell) -> None:
     """What it stands on is not what it was."""
     block_jobs.overlay(scene.machine)
@@ -166,7 +166,7 @@ def test_a_revert_to_an_image_that_has_left_the_chain(scene: Branches, cell: Cel
     goes_on(scene, "later", 9)
 
 
-@own
+@releases_if_long
 def test_an_image_that_has_left_the_chain_with_a_bitmap_of_others_is_refused(
     scene: Branches, cell: Cell
 ) -> None:

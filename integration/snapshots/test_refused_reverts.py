@@ -11,7 +11,7 @@ from ckptmgr.errors import CkptmgrError, NoSnapshot, Unsupported
 from integration.branch_model import Branches
 from integration.evidence import unchanged
 
-from .scene import SNAPSHOTS, bring, goes_on, own, sound
+from .scene import SNAPSHOTS, bring, goes_on, releases_if_long, sound
 
 pytestmark = SNAPSHOTS
 
@@ -40,7 +40,7 @@ def _forget_internally(image: Path, name: str) -> None:
     subprocess.run(["qemu-img", "snapshot", "-d", name, str(image)], check=True)
 
 
-@own
+@releases_if_long
 @pytest.mark.parametrize("before", ["running", "stopped"])
 @pytest.mark.parametrize("target", ["vda", "vdb"])
 def test_a_revert_that_libvirt_refuses_leaves_the_present_line_going_on(

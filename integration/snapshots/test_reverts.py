@@ -16,7 +16,7 @@ from integration.evidence import bitmaps
 from integration.stacks.table import Cell
 from integration.stand import MIB, DiskSpec, Guest, Machine, Stand
 
-from .scene import DISKS, SNAPSHOTS, MakeBranches, bring, goes_on, may_load, own, sound
+from .scene import DISKS, SNAPSHOTS, MakeBranches, bring, goes_on, may_load, releases_if_long, sound
 
 pytestmark = SNAPSHOTS
 
@@ -33,9 +33,15 @@ class Run:
 
 RUNS = (
     pytest.param(Run("running", "running", None, "running"), id="running-running"),
-    pytest.param(Run("running", "paused", False, "paused"), id="running-paused", marks=own),
-    pytest.param(Run("running", "stopped", None, "running"), id="running-stopped", marks=own),
-    pytest.param(Run("paused", "running", None, "paused"), id="paused-running", marks=own),
+    pytest.param(
+        Run("running", "paused", False, "paused"), id="running-paused", marks=releases_if_long
+    ),
+    pytest.param(
+        Run("running", "stopped", None, "running"), id="running-stopped", marks=releases_if_long
+    ),
+    pytest.param(
+        Run("paused", "running", None, "paused"), id="paused-running", marks=releases_if_long
+    ),
     pytest.param(Run("paused", "stopped", True, "running"), id="paused-stopped"),
 )
 
@@ -140,7 +146,7 @@ def test_a_checkpoint_of_the_same_instant(make: MakeBranches) -> None:
     sound(scene)
 
 
-@own
+@releases_if_long
 @pytest.mark.parametrize(
     "gone",
     [
@@ -168,7 +174,7 @@ def test_a_deleted_checkpoint_that_a_snapshot_names(scene: Branches, gone: tuple
         sound(scene)
 
 
-@own
+@releases_if_long
 def test_a_name_is_used_again_while_a_snapshot_has_it(scene: Branches) -> None:
     """s2 is of the first c2, not of the second."""
     scene.domain.delete("c2")
@@ -184,7 +190,7 @@ def test_a_name_is_used_again_while_a_snapshot_has_it(scene: Branches) -> None:
     sound(scene)
 
 
-@own
+@releases_if_long
 def test_everything_is_deleted_and_then_reverted(scene: Branches) -> None:
     for name in ("c2", "c1"):
         scene.domain.delete(name)
@@ -197,7 +203,7 @@ def test_everything_is_deleted_and_then_reverted(scene: Branches) -> None:
     sound(scene)
 
 
-@own
+@releases_if_long
 def test_archived_bitmaps_are_no_loss_to_a_revert(scene: Branches) -> None:
     scene.domain.archive(keep=1)
     scene.recording = {"c2"}
@@ -258,7 +264,7 @@ def test_a_snapshot_of_a_machine_that_had_other_disks(
     assert not [each for each in scene.domain.check() if not each.harmless]
 
 
-@own
+@releases_if_long
 def test_a_revert_when_the_record_was_lost_before(scene: Branches) -> None:
     """QEMU was killed: what it wrote lately is unknown, and so is what depends on it."""
     scene.machine.kill()

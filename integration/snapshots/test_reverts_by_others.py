@@ -11,7 +11,7 @@ from integration import block_jobs
 from integration.branch_model import Branches
 from integration.evidence import bitmaps
 
-from .scene import SNAPSHOTS, MakeBranches, goes_on, own, repaired, sound
+from .scene import SNAPSHOTS, MakeBranches, goes_on, releases_if_long, repaired, sound
 
 pytestmark = SNAPSHOTS
 
@@ -37,7 +37,11 @@ def disks_stay(scene: Branches) -> bool:
 
 
 @pytest.mark.parametrize(
-    "first", ["create", *(pytest.param(each, marks=own) for each in ("diff", "repair", "check"))]
+    "first",
+    [
+        "create",
+        *(pytest.param(each, marks=releases_if_long) for each in ("diff", "repair", "check")),
+    ],
 )
 def test_a_revert_behind_our_back(
     scene: Branches, first: str, caplog: pytest.LogCaptureFixture
@@ -79,7 +83,7 @@ def test_a_revert_behind_our_back_from_an_overlay(scene: Branches) -> None:
     goes_on(scene, "later", 8)
 
 
-@own
+@releases_if_long
 def test_reverts_behind_our_back_one_after_the_other(scene: Branches) -> None:
     libvirts_own(scene, "s1")
     scene.scatter(6)
@@ -91,7 +95,7 @@ def test_reverts_behind_our_back_one_after_the_other(scene: Branches) -> None:
     goes_on(scene, "later", 9)
 
 
-@own
+@releases_if_long
 def test_a_revert_behind_our_back_to_a_time_without_checkpoints(make: MakeBranches) -> None:
     scene = make()
     scene.snapshot("s0")

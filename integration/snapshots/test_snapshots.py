@@ -11,7 +11,7 @@ from integration.branch_model import Branches
 from integration.evidence import bitmaps, unchanged
 from integration.stacks.table import Cell
 
-from .scene import SNAPSHOTS, MakeBranches, goes_on, own, sound, unnamed
+from .scene import SNAPSHOTS, MakeBranches, goes_on, releases_if_long, sound, unnamed
 
 pytestmark = SNAPSHOTS
 
@@ -39,7 +39,7 @@ def test_a_snapshot_of_a_stopped_machine(scene: Branches, cell: Cell) -> None:
     goes_on(scene, "later", 10)
 
 
-@own
+@releases_if_long
 def test_snapshots_are_listed_and_deleted(scene: Branches) -> None:
     listed = {each.name: each for each in scene.domain.snapshots()}
     assert {name: each.checkpoint for name, each in listed.items()} == {"s1": "c1", "s2": "c2"}
@@ -99,7 +99,7 @@ def externals_revert(scene: Branches) -> bool:
     return bool(scene.machine.stand.handle.getLibVersion() >= 9_009_000)
 
 
-@own
+@releases_if_long
 def test_a_file_for_the_memory_is_not_written_over(make: MakeBranches, tmp_path: Path) -> None:
     scene = make()
     there = tmp_path / "there"
@@ -114,7 +114,7 @@ def test_a_file_for_the_memory_is_not_written_over(make: MakeBranches, tmp_path:
         scene.domain.create_snapshot("s1", memory=str(tmp_path / "new"))
 
 
-@own
+@releases_if_long
 def test_a_snapshot_that_cannot_be_taken_leaves_no_checkpoint(
     make: MakeBranches, tmp_path: Path
 ) -> None:

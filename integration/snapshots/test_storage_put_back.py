@@ -12,7 +12,7 @@ import pytest
 
 from integration.branch_model import Branches
 
-from .scene import SNAPSHOTS, MakeBranches, goes_on, own, repaired
+from .scene import SNAPSHOTS, MakeBranches, goes_on, releases_if_long, repaired
 
 pytestmark = SNAPSHOTS
 
@@ -66,10 +66,15 @@ def copied(make: MakeBranches, tmp_path: Path) -> Iterator[tuple[Branches, Copie
 
 
 @pytest.mark.parametrize(
-    "xml", [pytest.param(True, id="with its XML"), pytest.param(False, id="alone", marks=own)]
+    "xml",
+    [
+        pytest.param(True, id="with its XML"),
+        pytest.param(False, id="alone", marks=releases_if_long),
+    ],
 )
 @pytest.mark.parametrize(
-    "only", [pytest.param("", id="all disks"), pytest.param("vda", id="one disk", marks=own)]
+    "only",
+    [pytest.param("", id="all disks"), pytest.param("vda", id="one disk", marks=releases_if_long)],
 )
 def test_storage_goes_back(copied: tuple[Branches, Copies], xml: bool, only: str) -> None:
     scene, copies = copied
@@ -86,7 +91,7 @@ def test_storage_goes_back(copied: tuple[Branches, Copies], xml: bool, only: str
     goes_on(scene, "later", 7)
 
 
-@own
+@releases_if_long
 @pytest.mark.thorough("monitor")
 def test_storage_goes_back_and_forth(copied: tuple[Branches, Copies], tmp_path: Path) -> None:
     scene, copies = copied
@@ -113,7 +118,7 @@ def test_storage_goes_back_and_forth(copied: tuple[Branches, Copies], tmp_path: 
     goes_on(scene, "later", 11)
 
 
-@own
+@releases_if_long
 def test_storage_goes_back_to_when_another_checkpoint_had_the_name(
     copied: tuple[Branches, Copies], tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ import pytest
 import ckptmgr
 from ckptmgr.engine.libvirt import LibvirtEngine
 from ckptmgr.engine.monitor import MonitorEngine
-from ckptmgr.operation.point import SCRATCH_RESERVE
+from ckptmgr.operation.headroom import RESERVE
 from integration.conftest import MakeMachine
 from integration.evidence import domain_of, everything
 from integration.fake_agent import FakeAgent, Guest, Refused
@@ -355,7 +355,7 @@ def test_the_guest_never_runs_out_of_room_for_what_it_overwrites(
             vm.take("second", held={"": b""}, progress=overwrite, limit=8 * MIB)
         assert str(folder) in caught.value.message
         assert "socket_directory" in str(caught.value.hint)
-        assert 0 < min(gone) < SCRATCH_RESERVE
+        assert 0 < min(gone) < RESERVE
         assert machine.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
         assert machine.holds("vda", size - place, place, 19)
         assert list(folder.iterdir()) == []

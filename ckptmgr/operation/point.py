@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +20,9 @@ from ..backup.repository import Draft, Lineage
 from ..checkpoint import Checkpoint, EngineName
 from ..document import format_libvirt
 from ..domain.attachments import attachments, members
-from ..errors import OperationFailed, RepositoryDamaged, RepositoryFailed
+from ..errors import RepositoryDamaged, RepositoryFailed
 from ..history import History
+from .headroom import Headroom
 from .preparation import Served
 from .session import Session
 
@@ -39,12 +39,6 @@ Progress = Callable[[str, int, int], None]
 
 CHAIN_MAX = 128
 """Images that one may stand on; libvirt starts no domain with more than 200."""
-
-SCRATCH_RESERVE = 128 << 20
-"""Bytes that must stay free where QEMU keeps what the guest overwrites while it is read: without
-room there, QEMU would fail the guest's own write."""
-
-_SCRATCH_INTERVAL = 0.25
 
 _FILES = {
     "nvram": "nvram.fd",
@@ -107,8 +101,7 @@ class RestorePoint:
         self._lineage = lineage
         self._draft = draft
         self._points: Points = lineage.load().points
-        self._scratch: Path | None = None  # where QEMU keeps what the guest overwrites
-        self._looked = 0.0
+        self._headroom: Headroom | None = None
         self._base: Base | None = find_base(
             history, session.adapter.uuid, {lineage.key: self._points}
         )
@@ -143,7 +136,7 @@ class RestorePoint:
 
         if self._session.choice.engine is not EngineName.OFFLINE:
             # Now, since a domain that has ended has no such folder.
-            self._scratch = self._session.place().folder
+            self._headroom = self._measured(self._session.place().folder)
         # First, since they are small and may change meanwhile.
         files = tuple(self._files(checkpoint))
         rate = Rate(self.request.limit)
@@ -207,7 +200,7 @@ class RestorePoint:
                     layer,
                     rate=rate,
                     progress=self._advance(target, len(blocks), source.size),
-                    watch=self._look_at_scratch,
+                    watch=self._watch,
                 )
                 size = layer.close()
             except BaseException:
@@ -315,29 +308,15 @@ class RestorePoint:
 
         return advance
 
-    def _look_at_scratch(self) -> None:
-        """Raises OperationFailed before QEMU has no room for what the guest overwrites."""
-        now = time.monotonic()
-        if now - self._looked < _SCRATCH_INTERVAL:
-            return
-        self._looked = now
-        folder = self._scratch
+    def _measured(self, folder: Path | None) -> Headroom | None:
         if folder is None:
-            return
-        try:
-            found = os.statvfs(folder)
-        except OSError:
-            return  # the domain ended; the reading will say so
-        # No more than all of the disks can be overwritten.
-        disks = sum(find_disk(self._session.disks, name).size or 0 for name in self.targets)
-        reserve = min(SCRATCH_RESERVE, disks or SCRATCH_RESERVE)
-        if found.f_bavail * found.f_frsize < reserve:
-            raise OperationFailed(
-                f"{folder}, where QEMU keeps what the guest overwrites while domain "
-                f"{self._session.adapter.name!r} is backed up, has less than "
-                f"{max(1, reserve >> 20)} MiB left",
-                hint="free some space there, or set socket_directory in ckptmgr.toml",
-            )
+            return None
+        sizes = (find_disk(self._session.disks, name).size or 0 for name in self.targets)
+        return Headroom(self._session.adapter.name, folder, sum(sizes))
+
+    def _watch(self) -> None:
+        if self._headroom is not None:
+            self._headroom.look()
 
     # --- what is beside the disks ------------------------------------------------------------
 

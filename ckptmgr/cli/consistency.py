@@ -66,8 +66,9 @@ def _repaired(host: Host, name: str, foreign: bool) -> tuple[Sequence[Finding], 
 def check(session: Session, domain: str) -> Answer:
     """Compare the store with libvirt, the images and QEMU.
 
-    Names each mismatch and its cure; the exit status is then 4. Of a running domain the monitor
-    is asked, which taints it, except with --engine libvirt.
+    Names each mismatch and its cure; the exit status is then 4, unless all are harmless. Of a
+    running domain the monitor is asked, which taints it, except with --engine libvirt or
+    --readonly.
     """
     from ..consistency import consistent
 

@@ -67,7 +67,8 @@ class Program(Group):
 def program() -> None:
     """Checkpoints of libvirt/QEMU virtual machines, with a history that survives.
 
-    DOMAIN is the name, UUID or id of a domain, C the name of one of its checkpoints.
+    DOMAIN is the name, UUID or id of a domain, in a repository its name or UUID; C is the name
+    of a checkpoint.
     """
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     multiple=True,
     type=text,
     shell_complete=complete_kept_disk,
-    help="Restore this disk; may be repeated.",
+    help="Restore this disk; may be repeated. Default: all, without DIR those of --onto.",
 )
 @click.option(
     "--onto",

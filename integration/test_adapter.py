@@ -409,13 +409,17 @@ def test_what_the_xml_tells_does_not_touch_the_monitor(
         assert not any("monitor" in text for text in vm.domain.messages())
 
 
-def test_support_is_decided_for_the_domain(make_vm: MakeMachine) -> None:
+def test_support_is_decided_for_the_domain(make_vm: MakeMachine, local: Stand) -> None:
+    """Also for who may only read, to whom libvirt does not tell the domain capabilities."""
     vm = make_vm()
-    assert adapt(vm).backup_support()[0] == has_checkpoints(vm)
     without = make_vm(capabilities="<qemu:del capability='incremental-backup'/>")
-    supported, reason = adapt(without).backup_support()
-    assert not supported
-    assert "incremental-backup" in reason
+    with connect(local.uri, read_only=True) as reading:
+        for found in (adapt(vm), DomainAdapter.find(reading, vm.name)):
+            assert found.backup_support()[0] == has_checkpoints(vm)
+        for found in (adapt(without), DomainAdapter.find(reading, without.name)):
+            supported, reason = found.backup_support()
+            assert not supported
+            assert "incremental-backup" in reason
 
 
 # --- marker --------------------------------------------------------------------------------------

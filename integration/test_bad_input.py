@@ -220,8 +220,12 @@ def test_a_read_only_connection_reads_and_changes_nothing(place: Place) -> None:
     command = ("create", name, "x", "--dry-run")
     place.refused(1, "read-only", "--readonly", *command)
     with unchanged(place.machine, place.store):
-        for question in (("list",), ("current",)):
-            assert "c0" in place.ours.ok("--readonly", question[0], name)
+        for question in ("list", "current"):
+            assert "c0" in place.ours.ok("--readonly", question, name)
+        found = place.ours("--json", "--readonly", "check", name)
+        assert (found.status, found.json["consistent"]) == (4, False)
+        (finding,) = found.json["findings"]
+        assert (finding["code"], finding["checkpoint"]) == ("libvirt-only", "theirs")
 
 
 # --- the store -------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ckptmgr.domain.disks import parse_capabilities, parse_disks
 from ckptmgr.domain.support import (
     Machine,
     backup_support,
+    has_backup_feature,
     parse_backup_feature,
     parse_machine,
 )
@@ -155,6 +156,14 @@ def test_machine_and_backup_feature() -> None:
     assert parse_backup_feature(capabilities.format("yes"))
     assert not parse_backup_feature(capabilities.format("no"))
     assert not parse_backup_feature("<domainCapabilities/>")
+
+
+def test_the_backup_feature_is_expected_of_versions_that_have_it() -> None:
+    assert not has_backup_feature(7_000_000, 5_002_000)
+    assert not has_backup_feature(7_006_000, 6_000_000)
+    assert not has_backup_feature(7_005_000, 6_001_000)
+    assert has_backup_feature(7_006_000, 6_001_000)
+    assert has_backup_feature(11_003_000, 10_000_003)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ..config import Driver
 from ..errors import CkptmgrError, InvalidRequest, NoDomain, Unsupported
 from .binding import libvirt
 from .failure import translate
-from .support import Machine, parse_backup_feature
+from .support import Machine, has_backup_feature, parse_backup_feature
 
 _NO_DOMAIN = 42
 _NO_SUPPORT = 3
@@ -221,10 +221,13 @@ class Connection:
     def backup_feature(self, machine: Machine) -> bool:
         """Whether libvirt's domain capabilities have ``<backup supported='yes'/>``.
 
-        Asked once for each kind of machine: it is a property of libvirt and of the emulator.
+        Asked once for each kind of machine: it is a property of libvirt and of the emulator.  Who
+        may only read is not told the capabilities, and goes by the versions.
 
         Raises libvirtError.
         """
+        if self.read_only:
+            return has_backup_feature(self.handle.getLibVersion(), self.handle.getVersion())
         if machine not in self._backup_features:
             capabilities = self.handle.getDomainCapabilities(
                 machine.emulator, machine.arch, machine.machine, machine.virt_type

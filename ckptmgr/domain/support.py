@@ -38,6 +38,14 @@ def parse_backup_feature(text: str) -> bool:
     return backup is not None and backup.get("supported") == "yes"
 
 
+def has_backup_feature(libvirt: int, qemu: int) -> bool:
+    """Whether ``<backup supported='yes'/>`` is to be expected of these versions.
+
+    They are as libvirt gives them, 7006000 for 7.6.0; QEMU's is that of the default emulator.
+    """
+    return libvirt >= 7_006_000 and qemu >= 6_001_000
+
+
 def backup_support(
     feature: bool, added: Collection[str], deleted: Collection[str], blockdev: bool | None
 ) -> tuple[bool, str]:

@@ -12,8 +12,10 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..domain.devices import is_device
@@ -111,13 +113,39 @@ def _run(command: list[str]) -> tuple[int, str]:
     It is never ended half way, for then all bitmaps of the image would be lost: it gets a session
     of its own, where Ctrl-C does not reach it, and is waited for however we leave.
     """
-    process = _start(command, start_new_session=True)
-    try:
-        _, said = process.communicate()
-    except BaseException:
-        process.wait()
-        raise
+    with contextlib.ExitStack() as until_known:
+        until_known.enter_context(_signals_later())
+        process = _start(command, start_new_session=True)
+        try:
+            until_known.close()
+            _, said = process.communicate()
+        except BaseException:
+            process.wait()
+            raise
     return process.returncode, said.strip()
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """What a signal would raise in the block is raised at its end.
+
+    In a thread that is not the main one nothing is ever raised.
+    """
+    came: list[tuple[int, FrameType | None]] = []
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                handler = signal.getsignal(each)
+                if callable(handler):
+                    handlers[each] = handler
+                    signal.signal(each, lambda *arguments: came.append(arguments))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number, frame in came:
+        handlers[number](number, frame)
 
 
 def _start(command: list[str], **options: Any) -> subprocess.Popen[str]:

@@ -19,6 +19,7 @@ from ckptmgr.engine.qemu_img import check_free
 from ckptmgr.errors import Busy
 from integration.conftest import MakeMachine
 from integration.stand import MIB, Daemon, Stand
+from integration.stand.patience import patiently
 
 from .driver import DISKS, LIBVIRT, MONITOR, Driver, extents
 
@@ -122,7 +123,7 @@ def test_nothing_listens_on_after_its_reader_was_killed(tmp_path: Path) -> None:
     reader.kill()
     reader.wait()
     reader.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patiently(20)
     while alive(pid) or not is_free(image):  # other threads of it may end a little later
         assert time.monotonic() < deadline, "qemu-nbd goes on"
         time.sleep(0.02)
@@ -143,13 +144,18 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_ctrl_c_waits_for_qemu_img(tmp_path: Path) -> None:
-    """A qemu-img that is ended half way loses all bitmaps of its image."""
+@pytest.mark.parametrize("early", [False, True], ids=["at work", "being started"])
+def test_a_ctrl_c_waits_for_qemu_img(early: bool, tmp_path: Path) -> None:
+    """A qemu-img that is ended half way loses all bitmaps of its image.
+
+    early -- it comes when the program has begun, of which Python has not told us yet
+    """
     image, tools = tmp_path / "a.qcow2", tmp_path / "bin"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
     tools.mkdir()
     slow = tools / "qemu-img"
-    slow.write_text(f'#!/bin/sh\ntouch {tmp_path}/began\nsleep 1\nPATH=$REAL exec qemu-img "$@"\n')
+    begins = "kill -INT $PPID" if early else f"touch {tmp_path}/began"
+    slow.write_text(f'#!/bin/sh\n{begins}\nsleep 1\nPATH=$REAL exec qemu-img "$@"\n')
     slow.chmod(0o755)
     script = f"""
         from ckptmgr.engine.qemu_img import change_bitmap
@@ -167,10 +173,11 @@ def test_a_ctrl_c_waits_for_qemu_img(tmp_path: Path) -> None:
         },
         start_new_session=True,
     )
-    while not (tmp_path / "began").exists():
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(20) != 0
+    if not early:
+        while not (tmp_path / "began").exists():
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(patiently(60)) != 0
     info = subprocess.run(
         ["qemu-img", "info", "--output=json", image], check=True, capture_output=True
     )

@@ -42,6 +42,9 @@ GRANULARITY_DEFAULT = 64 * 1024
 APPEAR_TIMEOUT = 10.0
 """Seconds for the socket and the export to appear."""
 
+START_TIMEOUT = 60.0
+"""The same of a server whose end would be seen: of one that still starts, however busy the host."""
+
 ANSWER_TIMEOUT = 60.0
 """Seconds for the server to answer a request."""
 
@@ -54,17 +57,22 @@ _NOT_YET = (ENOENT, ECONNREFUSED, ECONNRESET, EPIPE)
 _PAUSE = 0.005
 
 
+def unwatched() -> None:
+    """The check of a server of which nobody here would see the end."""
+
+
 def read_dirty_map(
     server: Server,
     export: Export,
     *,
-    check: Callable[[], None] = lambda: None,
-    appear_timeout: float = APPEAR_TIMEOUT,
+    check: Callable[[], None] = unwatched,
+    appear_timeout: float | None = None,
     answer_timeout: float = ANSWER_TIMEOUT,
 ) -> DirtyMap:
     """The dirty map of an export's bitmap, for a disk as large as the export.
 
     check -- called between tries to connect; raises if the server can no longer appear
+    appear_timeout -- None: START_TIMEOUT with a check, else APPEAR_TIMEOUT
 
     Raises BitmapBroken if the server does not offer the bitmap, OperationFailed if it cannot be
     reached or does not answer in time.
@@ -143,17 +151,20 @@ def connect(
     disk: str,
     context: str | None,
     *,
-    check: Callable[[], None] = lambda: None,
-    timeout: float = APPEAR_TIMEOUT,
+    check: Callable[[], None] = unwatched,
+    timeout: float | None = None,
 ) -> nbd.NBD:
     """A handle on export `name`, of `disk`, with a metadata context, if the server has that.
 
     context -- None: none, and simple replies
     check -- called between tries; raises if the server can no longer appear
+    timeout -- None: START_TIMEOUT with a check, else APPEAR_TIMEOUT
 
     libvirt's exports appear after its server is up, and qemu-nbd's socket after its start; so a
     missing socket or export is tried again for a while.  Raises nbd.Error, OperationFailed.
     """
+    if timeout is None:
+        timeout = APPEAR_TIMEOUT if check is unwatched else START_TIMEOUT
     deadline = time.monotonic() + timeout
     while True:
         handle = nbd.NBD()
@@ -207,7 +218,9 @@ def _begin(handle: nbd.NBD, server: Server) -> None:
     handle.aio_connect_tcp(server.host, str(server.port))
 
 
-def _connect(server: Server, export: Export, check: Callable[[], None], timeout: float) -> nbd.NBD:
+def _connect(
+    server: Server, export: Export, check: Callable[[], None], timeout: float | None
+) -> nbd.NBD:
     """A handle on which the bitmap's context is negotiated."""
     handle = connect(server, export.name, export.disk, export.context, check=check, timeout=timeout)
     if not handle.can_meta_context(export.context):

@@ -50,7 +50,12 @@ class Source:
     """
 
     def __init__(
-        self, server: Server, name: str, disk: str, *, check: Callable[[], None] = lambda: None
+        self,
+        server: Server,
+        name: str,
+        disk: str,
+        *,
+        check: Callable[[], None] = nbd_client.unwatched,
     ) -> None:
         self.disk = disk
         self._server = server

@@ -43,7 +43,9 @@ def first_defect(server: Server, name: str, disk: str, asked: Iterable[Extent]) 
         return None
     try:
         # To be dropped, and not said good-bye to: it may be waiting for its storage.
-        handle = nbd_client.connect(server, name, disk, None, check=_gone)
+        handle = nbd_client.connect(
+            server, name, disk, None, check=_gone, timeout=nbd_client.APPEAR_TIMEOUT
+        )
         return search(_Attempts(handle, disk), extents)
     except (nbd.Error, OperationFailed):
         return None

@@ -303,7 +303,7 @@ def _read_bitmap(
             server.socket,
             Export(target, "", bitmap, granularity),
             check=server.check,
-            appear_timeout=min(left, 5.0),
+            appear_timeout=left,
             answer_timeout=left,
         )
 

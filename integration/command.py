@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,16 @@ class CommandLine:
         self.uri = uri or daemon.uri
         self.settings = settings
 
-    def line(self, *arguments: str | Path) -> list[str]:
-        """The words of the command line."""
+    def line(self, *arguments: str | Path, program: Sequence[str] = ()) -> list[str]:
+        """The words of the command line.
+
+        program -- of Python, in the place of ckptmgr
+        """
         before = [] if self.settings is None else ["env", f"CKPTMGR_CONFIG={self.settings}"]
-        program = [*before, sys.executable, "-m", "ckptmgr", "-c", self.uri]
+        words = [*before, sys.executable, *(program or ("-m", "ckptmgr")), "-c", self.uri]
         if self.store is not None:
-            program += ["--store", str(self.store)]
-        return [*program, *map(str, arguments)]
+            words += ["--store", str(self.store)]
+        return [*words, *map(str, arguments)]
 
     def __call__(self, *arguments: str | Path) -> Ran:
         """Run it."""
@@ -79,10 +83,10 @@ class CommandLine:
         """Run it with --json; it must succeed."""
         return json.loads(self.ok("--json", *arguments))
 
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        """Start it and do not wait."""
+    def start(self, *arguments: str | Path, program: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """Start it and do not wait; program: see ``line``."""
         return subprocess.Popen(
-            self.line(*arguments),
+            self.line(*arguments, program=program),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from integration.command import CommandLine
 from integration.conftest import MakeMachine
 from integration.evidence import bitmaps, everything, known
 from integration.stand import MIB, Daemon, DiskSpec
+from integration.stand.patience import patiently
 from integration.test_backup import Backups, disk_in
 
 DISKS = (DiskSpec("vda", size=16 * MIB), DiskSpec("vdb", size=8 * MIB))
@@ -46,21 +47,31 @@ class Disturbed(Backups):
         for number, disk in enumerate(self.machine.disks):
             self.machine.write(disk.target, 0, disk.size, 0x31 + number)
 
-    @contextlib.contextmanager
-    def copying(self, limit: int = SLOW) -> Iterator[subprocess.Popen[str]]:
-        """A process that is in the middle of a slow backup called ``second``."""
+    def begun(self, *options: str, program: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """A process that makes a backup called ``second``.
+
+        program -- in the place of ckptmgr
+        """
         ours = CommandLine(self.machine.stand, self.store)  # type: ignore[arg-type]
         engine = [] if self.engine == "auto" else ["--engine", self.engine]
-        words = ["backup", self.machine.name, str(self.repository), "second", "--limit", str(limit)]
-        process = ours.start(*engine, *words)
-        try:
+        words = ["backup", self.machine.name, str(self.repository), "second", *options]
+        return ours.start(*engine, *words, program=program)
+
+    @contextlib.contextmanager
+    def copying(self, limit: int = SLOW) -> Iterator[subprocess.Popen[str]]:
+        """A process that is in the middle of a slow backup."""
+        with ended(self.begun("--limit", str(limit))) as process:
             until(lambda: self.copied() > MIB // 2 or process.poll() is not None)
             assert process.poll() is None, process.communicate()
             yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[subprocess.Popen[str]]:
+        """A process that has been stopped in the middle of a backup, and goes on with SIGCONT."""
+        with ended(self.begun(program=["-c", STOPPED])) as process:
+            until(lambda: state(process.pid) in "TZ")
+            assert process.poll() is None, process.communicate()
+            yield process
 
     def copied(self) -> int:
         """Bytes in images of points that are being made."""
@@ -103,8 +114,49 @@ class Disturbed(Backups):
         return third
 
 
-def until(done: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+STOPPED = """
+import os, signal, sys
+from ckptmgr.cli import main
+from ckptmgr.operation.point import RestorePoint
+
+advance = RestorePoint._advance
+
+
+def stopping(point, target, blocks, size):
+    def and_stop(length):
+        done(length)
+        if target == "vda" and not stopped:
+            stopped.append(length)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    done, stopped = advance(point, target, blocks, size), []
+    return and_stop
+
+
+RestorePoint._advance = stopping
+sys.exit(main())
+"""
+"""ckptmgr, which stops when a part of vda was copied."""
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """The process, which does not outlive the block."""
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def state(pid: int) -> str:
+    """What a process that has not been waited for does, as a letter: T, it is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def until(done: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + patiently(60)
     while not done():
         assert time.monotonic() < deadline, "it does not come"
         time.sleep(0.02)
@@ -202,9 +254,10 @@ def test_libvirtd_is_killed_in_the_middle(
 ) -> None:
     """The copy goes on, since QEMU does; then there is nobody to end the job, and it is said."""
     vm = disturbed(engine)
-    with vm.copying(4 * MIB) as process:
+    with vm.stopped() as process:
         daemon.stop(kill=True)
         try:
+            process.send_signal(signal.SIGCONT)
             _, said = process.communicate(timeout=120)
         finally:
             daemon.start()
@@ -262,7 +315,9 @@ def test_two_backups_at_once_come_one_after_the_other(
     disturbed: MakeDisturbed, tmp_path: Path
 ) -> None:
     vm = disturbed()
-    ours = CommandLine(vm.machine.stand, vm.store)  # type: ignore[arg-type]
+    settings = tmp_path / "ckptmgr.toml"
+    settings.write_text("lock_timeout = 300\n")
+    ours = CommandLine(vm.machine.stand, vm.store, settings=settings)  # type: ignore[arg-type]
     name = vm.machine.name
     held = vm.contents()
     repositories = [vm.repository, vm.repository, tmp_path / "other"]
@@ -271,7 +326,7 @@ def test_two_backups_at_once_come_one_after_the_other(
         for number, repository in enumerate(repositories)
     ]
     for process in running:
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
     line = {
         point.name: point

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -253,25 +252,20 @@ def test_a_target_that_is_read_only_is_refused_before_anything_is_touched(
 
 
 def in_the_middle(vm: Backups, act: Callable[[], object], name: str, **options: Any) -> Manifest:
-    """Make a point, slowly, and do something while its disks are copied."""
-    begun = threading.Event()
-    failures: list[BaseException] = []
+    """Make a point, and do something when a part of its first disk has been copied."""
+    acted = False
 
-    def watch() -> None:
-        try:
-            assert begun.wait(60)
+    def progress(disk: str, done: int, total: int) -> None:
+        nonlocal acted
+        if done and not acted:
+            assert done < total
+            acted = True
             act()
-        except BaseException as error:  # noqa: BLE001 -- raised below
-            failures.append(error)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     try:
-        return vm.take(name, progress=lambda disk, done, total: done and begun.set(), **options)
+        return vm.take(name, progress=progress, **options)
     finally:
-        begun.set()
-        watcher.join()
-        assert not failures, failures
+        assert acted
 
 
 @pytest.mark.parametrize("how", ["removed", "moved", "unmounted"])
@@ -293,7 +287,7 @@ def test_a_target_that_goes_away_in_the_middle(how: str, backups: MakeBackups, s
 
     try:
         with pytest.raises(ckptmgr.RepositoryFailed) as caught:
-            in_the_middle(vm, act, "second", repository=repository, limit=2 * MIB)
+            in_the_middle(vm, act, "second", repository=repository)
         assert str(repository) in caught.value.message
         assert caught.value.hint
         assert (bitmaps(vm.machine), known(vm.machine)) == (there, listed)

@@ -17,18 +17,26 @@ from integration.evidence import bitmaps, domain_of, known, on_tops, unchanged
 from integration.stand import MIB, Daemon, DiskSpec, Embedded
 
 DISKS = (DiskSpec("vda", size=MIB), DiskSpec("vdb", size=MIB))
+LONG = 300
+
+
+def patient(daemon: Daemon, folder: Path) -> CommandLine:
+    """The command line, whose processes wait for each other however slow the machine is."""
+    settings = folder / "ckptmgr.toml"
+    settings.write_text(f"lock_timeout = {LONG}\n")
+    return CommandLine(daemon, folder / "store", settings=settings)
 
 
 def test_creates_at_once_come_one_after_the_other(
     daemon: Daemon, make_vm_on: MakeMachine, tmp_path: Path
 ) -> None:
-    machine, ours = make_vm_on(daemon, DISKS), CommandLine(daemon, tmp_path)
-    domain = domain_of(machine, tmp_path)
+    machine, ours = make_vm_on(daemon, DISKS), patient(daemon, tmp_path)
+    domain = domain_of(machine, tmp_path / "store")
     domain.create("c0")
     machine.write("vda", 0, 1)
     running = [ours.start("create", machine.name, name) for name in ("a", "b", "c")]
     for process in running:
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=LONG)
         assert process.returncode == 0, said
     line = [view.name for view in domain.checkpoints(topological=True).checkpoints]
     assert sorted(line) == ["a", "b", "c", "c0"]
@@ -44,9 +52,9 @@ def test_creates_at_once_come_one_after_the_other(
 def test_of_two_creates_of_one_name_one_is_told_that_it_is_taken(
     daemon: Daemon, make_vm_on: MakeMachine, tmp_path: Path
 ) -> None:
-    machine, ours = make_vm_on(daemon, DISKS), CommandLine(daemon, tmp_path)
+    machine, ours = make_vm_on(daemon, DISKS), patient(daemon, tmp_path)
     running = [ours.start("--json", "create", machine.name, "same") for _ in range(2)]
-    ends = sorted((process.communicate(timeout=60)[0], process.returncode) for process in running)
+    ends = sorted((process.communicate(timeout=LONG)[0], process.returncode) for process in running)
     assert sorted(status for _, status in ends) == [0, 1]
     assert any("checkpoint-exists" in said for said, status in ends if status == 1)
     assert bitmaps(machine) == on_tops(machine, {"vda", "vdb"}, "same")

@@ -38,7 +38,7 @@ def _tasks(scene: Scene) -> Iterator[Task]:
             rest += [("diff", {"start": "c1"}), ("checkpoint", {"name": name, "size": True})]
         if number % 3 == 0:
             rest.append(("delete", {"name": name}))
-        yield replace(scene.task("create", name=name), rest=rest, lock_timeout=200)
+        yield replace(scene.task("create", name=name), rest=rest, lock_timeout=1000)
 
 
 def _run_while_writing(scene: Scene, tasks: list[Task]) -> list[Outcome]:
@@ -67,6 +67,7 @@ def _extents(diff: DiffView) -> dict[str, set[int]]:
     return found
 
 
+@pytest.mark.timeout(1200)
 def test_fifty_processes_create_delete_and_list_at_once(scene: Scene) -> None:
     tasks = list(_tasks(scene))
     outcomes = _run_while_writing(scene, tasks)

@@ -24,10 +24,10 @@ from integration.evidence import domain_of, everything
 from integration.fake_agent import FakeAgent, Guest, Refused
 from integration.stand import MIB, Daemon, DiskSpec, Machine
 from integration.stand.guest import Guest as LinuxGuest
-from integration.stand.patience import patiently
 from integration.test_backup import Backups, disk_in
 
-TIMEOUT = 1.0
+PATIENT = 60.0
+"""Seconds that a guest may stand still: no test is about their end."""
 STEP = 8192
 MOMENTS = {"libvirt": (LibvirtEngine, "BackupBegin"), "monitor": (MonitorEngine, "Transaction")}
 
@@ -77,6 +77,7 @@ def test_the_disks_are_those_of_one_instant_while_the_guest_writes(
             assert all(disk.reason is None for disk in made.disks) or name == "p1"
             counts.append(second)
         assert counts == sorted(counts)
+        guest.shell.wait_churned(counts[-1])
         guest.shell.stop_churn()
         last = guest.shell.churned[-1] + 1
         made = vm.take("p4", held={"": b""})
@@ -118,7 +119,7 @@ def frozen(
             )
             guest.open_port(machine)
             made = Frozen(machine, tmp_path)
-            made.engine, made.settings, made.agent = engine, {"freeze_timeout": TIMEOUT}, agent
+            made.engine, made.settings, made.agent = engine, {"freeze_timeout": PATIENT}, agent
             return made
 
         yield make
@@ -133,7 +134,6 @@ def test_frozen_for_the_instant_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     vm = frozen(engine)
-    vm.settings = {"freeze_timeout": patiently(10)}
     owner, instant = MOMENTS[engine]
     original: Any = owner.perform  # type: ignore[attr-defined]
     seen: list[str] = []

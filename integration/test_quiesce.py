@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import ckptmgr
+from ckptmgr.domain import freezing
 from ckptmgr.engine.libvirt import LibvirtEngine
 from ckptmgr.engine.monitor import MonitorEngine
 from integration.conftest import MakeMachine
@@ -40,7 +42,7 @@ class Scene:
         return domain_of(self.machine, self.store, engine, freeze_timeout=timeout)
 
     def fails(
-        self, words: str, engine: str | None = None, timeout: float = TIMEOUT
+        self, words: str, engine: str | None = None, timeout: float = PATIENT
     ) -> ckptmgr.GuestAgentFailed:
         """A create fails because of the agent, and changes nothing."""
         with (
@@ -103,13 +105,24 @@ def test_an_agent_that_refuses(engine: str, scene: Scene) -> None:
         raise Refused("fsfreeze is disabled here")
 
     scene.agent.on["freeze"] = refuse
-    scene.fails("fsfreeze is disabled here", engine, PATIENT)
+    scene.fails("fsfreeze is disabled here", engine)
     assert scene.agent.commands == ["freeze", "thaw"]  # some may have been frozen
 
 
-def test_an_agent_that_is_slow_is_not_waited_for_and_is_thawed(scene: Scene) -> None:
-    scene.agent.on["freeze"] = lambda: time.sleep(1.5 * TIMEOUT)
-    scene.fails("not frozen")
+def test_an_agent_that_is_slow_is_not_waited_for_and_is_thawed(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has frozen, and answers, when it was given up."""
+    given_up = threading.Event()
+    original: Any = freezing._Guard._run
+
+    def run(guard: Any) -> None:
+        given_up.set()
+        original(guard)
+
+    monkeypatch.setattr(freezing._Guard, "_run", run)
+    scene.agent.on["freeze"] = lambda: given_up.wait(PATIENT)
+    scene.fails("not frozen", timeout=TIMEOUT)
     assert scene.thawed()
     assert scene.agent.commands[-1] == "thaw"
 
@@ -165,6 +178,13 @@ def test_thawed_at_the_deadline_while_the_instant_still_takes(
         thawed.append(scene.thawed())
         original(self, step)
 
+    def sooner(*functions: Any, timeout: float, **options: Any) -> Any:
+        """The guest's time is up soon, the agent's is not, however slow the machine is."""
+        assert timeout == PATIENT
+        return frozen(*functions, timeout=TIMEOUT, **options)
+
+    frozen = freezing.frozen
+    monkeypatch.setattr(freezing, "frozen", sooner)
     monkeypatch.setattr(LibvirtEngine, "_begin", begin)
     scene.fails("not quiescent", "libvirt")
     assert thawed == [True]

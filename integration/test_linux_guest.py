@@ -65,9 +65,10 @@ def test_checkpoints_during_writes_miss_none_and_cut_between_two(
         domain.create("c0")
         guest.shell.churn("vda", GRANULARITY, 1000)
         for number in range(1, 6):
-            guest.shell.wait_churned(number * 12)
+            guest.shell.wait_churned((cuts[-1][1] if cuts else 0) + 12)
             before = guest.shell.churned[-1]
             domain.create(f"c{number}")
+            guest.shell.hear()
             cuts.append((before, guest.shell.churned[-1] + 1))
         guest.shell.wait_churned(guest.shell.churned[-1] + 5)
         guest.shell.stop_churn()

@@ -201,6 +201,7 @@ def test_what_a_guest_writes_while_it_is_migrated_is_in_the_difference(
         guest.shell.wait_churned(20)
         before = guest.shell.churned[-1]
         tracked.create("c1")
+        guest.shell.hear()
         after = guest.shell.churned[-1] + 1
         guest.shell.wait_churned(after + 20)
         port = "port"

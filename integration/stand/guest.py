@@ -332,6 +332,10 @@ class Shell:
         if answer != "ok":
             raise RuntimeError(f"the guest failed: {text}: {self.boot.console()}")
 
+    def hear(self) -> None:
+        """Wait until all is heard that the guest has said so far."""
+        self._command("ping")
+
     def write(self, target: str, offset: int, length: int, pattern: int = 0xA5) -> None:
         """Let the guest write and fsync `length` bytes of `pattern` (not 0) at `offset`."""
         self._command(f"write {target} {offset} {length} {pattern:o}")
@@ -382,7 +386,7 @@ def observed(domain: libvirt.virDomain) -> str:
     # a monitor can hang with its guest
     looking = threading.Thread(target=look, daemon=True, name="observed")
     looking.start()
-    looking.join(max(10, patiently(2)))
+    looking.join(max(30, patiently(2)))
     return "\n".join(printed) or "its monitor does not answer"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from lxml import etree
 
 from integration.stand import Machine
+from integration.stand.patience import patiently
 
 CHANNEL = "org.qemu.guest_agent.0"
 
@@ -147,7 +148,7 @@ class Guest:
             self._say(f"outb {base + 18} 7")  # status: driver ready
             self._say(f"outw {base + 16} 3")  # there is something in queue 3
         machine.resume()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + patiently(20)
         while True:
             root = etree.fromstring(machine.domain.XMLDesc())
             if root.xpath(f"//target[@name='{CHANNEL}']/@state") == ["connected"]:

@@ -21,6 +21,7 @@ from ckptmgr.backup.digests import Digests, DigestWriter
 from ckptmgr.backup.images import ImageFile, read_images
 from ckptmgr.backup.qcow2 import Qcow2Writer
 from ckptmgr.errors import RepositoryDamaged
+from integration.stand import await_greeting
 
 SLOW = settings(
     max_examples=25,
@@ -190,6 +191,7 @@ def served(path: Path, folder: Path, form: str) -> Iterator[str]:
         ["qemu-nbd", "--read-only", "-f", form, "--socket", socket, "--persistent", str(path)]
     )
     try:
+        await_greeting(Path(socket), server)
         yield socket
     finally:
         server.terminate()

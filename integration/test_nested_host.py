@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -31,7 +32,10 @@ def folder(tmp_path: Path) -> Path:
 
 def _addresses(pid: int) -> list[str]:
     """The local addresses of a process's sockets for the internet, as /proc has them."""
-    links = [str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir()]
+    links = []
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links.append(str(file.readlink()))
     found = []
     for name in ("tcp", "tcp6", "udp", "udp6"):
         for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
@@ -86,5 +90,9 @@ def test_two_hosts_listen_on_loopback_only_and_a_host_that_does_not_boot_is_an_e
             with pytest.raises(StandError, match=r"one has (not booted|ended)"):
                 one.wait(patiently(3))
             for host in (one, two):
+                deadline = time.monotonic() + patiently(30)
+                while not _addresses(host.pid):
+                    assert time.monotonic() < deadline, "it does not listen"
+                    time.sleep(0.1)
                 assert set(_addresses(host.pid)) == {"0100007F"}
         assert workspace.running() == []

@@ -374,7 +374,7 @@ def test_what_would_do_harm_in_place_is_refused(tracked: Backups) -> None:
     refused(tracked, ckptmgr.InvalidRequest, "has no disk 'vdz'", disks=["vdz"])
     path = machine.images["vdb"]
     holder = subprocess.Popen(
-        ["qemu-io", "-f", "qcow2", "-c", "sleep 60000", str(path)], stdin=subprocess.PIPE
+        ["qemu-io", "-f", "qcow2", "-c", "sleep 600000", str(path)], stdin=subprocess.PIPE
     )
     try:
         deadline = time.monotonic() + 60

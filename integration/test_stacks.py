@@ -15,6 +15,7 @@ from integration.conftest import MakeMachine
 from integration.stacks import Stack
 from integration.stacks.table import Cell
 from integration.stand import MIB, DiskSpec, Machine, rounded
+from integration.stand.patience import patiently
 from integration.tracked import DISKS, LIBVIRT, MONITOR, OFFLINE, Tracked, fitting, two_checkpoints
 
 
@@ -116,7 +117,7 @@ def unplug(machine: Machine, target: str) -> None:
     machine.domain.detachDeviceAlias(alias)
     # no guest answers; QEMU takes it out at the next reset
     machine.domain.reset()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patiently(20)
     while f"'{target}'" in machine.domain.XMLDesc():
         assert time.monotonic() < deadline, f"{target} is still there"
         time.sleep(0.05)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from pathlib import Path
 
 import nbd
@@ -16,7 +15,8 @@ from ckptmgr.nbd import read_dirty_map
 from ckptmgr.plan.steps import CheckpointRedefine, Export
 from integration.block_jobs import overlay
 from integration.conftest import MakeMachine
-from integration.stand import MIB, Stand
+from integration.stand import MIB, Stand, await_greeting
+from integration.stand.patience import patiently
 
 from .driver import (
     DISKS,
@@ -120,9 +120,9 @@ def test_more_extents_than_one_reply_can_hold(tmp_path: Path) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(size)], check=True)
     subprocess.run(["qemu-img", "bitmap", "--add", "-g", "512", image, "b"], check=True)
     socket = tmp_path / "s"
-    server = subprocess.Popen(["qemu-nbd", "-f", "qcow2", "--cache=unsafe", "-k", socket, image])
-    while not socket.exists():
-        time.sleep(0.01)
+    serve_it = ["qemu-nbd", "-t", "-f", "qcow2", "--cache=unsafe", "-k", socket, image]
+    server = subprocess.Popen(serve_it)
+    await_greeting(socket, server)
     handle = nbd.NBD()
     handle.connect_unix(str(socket))
     data = nbd.Buffer.from_bytearray(b"x" * granule)
@@ -133,7 +133,8 @@ def test_more_extents_than_one_reply_can_hold(tmp_path: Path) -> None:
     while handle.aio_in_flight():
         handle.poll(-1)
     handle.shutdown()
-    assert server.wait(20) == 0
+    server.terminate()
+    assert server.wait(patiently(60)) == 0
     with serve("vda", str(image), "b") as served:
         found = read_dirty_map(served.socket, Export("vda", "", "b", granule))
     assert list(found.extents()) == [(2 * n * granule, granule) for n in range(count)]

@@ -23,6 +23,7 @@ from ckptmgr.manager import Domain, Host
 from ckptmgr.store import Store
 from integration.evidence import bitmaps, known, wipe
 from integration.stand import MIB, Daemon, DiskSpec, Machine, rounded
+from integration.stand.patience import patiently
 
 from .boundaries import Victim
 from .warm import Outcome, Task, Warm
@@ -343,7 +344,7 @@ class Scene:
 
 def wait_until(done: Callable[[], bool], otherwise: str) -> None:
     """Wait for what comes soon.  Raises TimeoutError."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patiently(60)
     while not done():
         if time.monotonic() > deadline:
             raise TimeoutError(otherwise)

@@ -110,7 +110,7 @@ class Warm:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._process.communicate(timeout=10)
+        self._process.communicate(timeout=60)
         self.pids.discard(self._process.pid)
 
 

@@ -28,6 +28,8 @@ from typing import Any
 
 DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
 SOCKET = Path("/run/libvirt/libvirt-sock")
+START, STOP = 120, 60
+"""Seconds in which libvirtd has to start, and to end."""
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/root"}
 
 
@@ -134,7 +136,7 @@ class Daemon:
             setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
             setsid=True,
         )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + START
         while not _listening():
             if self._ended() or time.monotonic() > deadline:
                 said = log.read_text(errors="replace")[-500:]
@@ -144,7 +146,7 @@ class Daemon:
 
     def stop(self, number: int) -> str:
         """Send it a signal and wait for its end; it is killed if that takes long."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + STOP
         while self._pid is not None and not self._ended():
             os.kill(self._pid, signal.SIGKILL if time.monotonic() > deadline else number)
             number = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from integration.stand import StandError
 from integration.stand.certificates import make_certificates
+from integration.stand.patience import patiently
 
 from .stack import Stack
 
@@ -115,7 +116,7 @@ def _sshd(stack: Stack) -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(serve, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + patiently(20)
         while not listens(port):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise StandError(f"sshd does not start: {(folder / 'log').read_text()}")
@@ -126,4 +127,4 @@ def _sshd(stack: Stack) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError):
             inside = (folder / "sshd.pid").read_text().strip()
             subprocess.run(stack.inside("kill", inside), check=False)
-        server.wait(10)
+        server.wait(patiently(20))

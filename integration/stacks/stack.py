@@ -84,7 +84,8 @@ class Stack(Client):
         self.workspace.record(process.pid)
         return process
 
-    def _answer(self, expected: str, seconds: float = 60) -> str:
+    def _answer(self, expected: str, seconds: float = 180) -> str:
+        # longer than init.py itself waits for anything
         assert self._init.stdout is not None
         ready, _, _ = select.select([self._init.stdout], [], [], seconds)
         line = self._init.stdout.readline().strip() if ready else ""
@@ -159,7 +160,7 @@ class Stack(Client):
         with contextlib.suppress(BrokenPipeError):
             self._init.stdin.close()
         try:
-            self._init.wait(10)
+            self._init.wait(60)
         except subprocess.TimeoutExpired:
             self._init.kill()
             self._init.wait()

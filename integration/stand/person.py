@@ -39,7 +39,8 @@ mount --rbind /tmp/dev /dev
 cd /tmp/checkout
 exec setpriv --reuid="$user" --regid="$user" --clear-groups --no-new-privs --inh-caps=-all \
     --bounding-set=-all env -i HOME=/tmp/home TMPDIR=/tmp PATH="$PATH" LC_ALL=C.UTF-8 \
-    PYTHONDONTWRITEBYTECODE=1 "$@"
+    PYTHONDONTWRITEBYTECODE=1 \
+    ${CKPTMGR_TEST_PATIENCE:+CKPTMGR_TEST_PATIENCE="$CKPTMGR_TEST_PATIENCE"} "$@"
 """
 
 PYTHON = "/tmp/python/bin/python"

@@ -50,7 +50,7 @@ def _namespace() -> str:
     return str(Path("/proc/self/ns/pid").readlink())
 
 
-def _end(pid: int, started: str, seconds: float = 5) -> None:
+def _end(pid: int, started: str, seconds: float = 60) -> None:
     """Kill that very process and wait until it is gone."""
     deadline = time.monotonic() + seconds
     while birth(pid) == started and time.monotonic() < deadline:

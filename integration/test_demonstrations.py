@@ -18,7 +18,7 @@ def test_the_demonstration_of_a_revert_shows_both_sides() -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1100,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

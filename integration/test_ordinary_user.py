@@ -37,11 +37,11 @@ def session(daemon: Daemon) -> Daemon:
 
 
 @pytest.mark.scenario("an ordinary user, on the session driver")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_all_of_it_works_for_an_ordinary_user(throw_away_user: Workspace) -> None:
     modules = [f"integration/test_{name}.py" for name in ("ordinary_user", "command_line")]
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--stand", "daemon", *modules]
-    ran = run_as_ordinary_user(throw_away_user, *arguments, timeout=870)
+    ran = run_as_ordinary_user(throw_away_user, *arguments, timeout=1770)
     print(ran.stdout)
     assert ran.returncode == 0, ran.stdout[-4000:]
     assert " passed" in ran.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -43,16 +44,21 @@ def test_output_that_cannot_be_written_is_told_in_one_line(command: str, status:
 
 @pytest.mark.parametrize(("command", "status"), COMMANDS)
 def test_a_reader_that_goes_away_is_told_nothing(command: str, status: int) -> None:
-    program = subprocess.Popen(
-        [sys.executable, "-m", "ckptmgr", *command.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert program.stdout is not None
-    program.stdout.close()
-    _, error = program.communicate(timeout=300)
-    assert error == b""
-    assert program.returncode == (status or SIGPIPE)
+    reader, writer = os.pipe()
+    os.close(reader)  # before it begins, or it might have written all
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ckptmgr", *command.split()],
+            stdin=subprocess.DEVNULL,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=300,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert done.stderr == b""
+    assert done.returncode == (status or SIGPIPE)
 
 
 @pytest.mark.parametrize("streams", [">/dev/full 2>/dev/full", ">/dev/full 2>&-"])

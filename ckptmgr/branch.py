@@ -131,12 +131,16 @@ def written_since(
 
     parent, created -- the snapshot's checkpoint and time
     tops -- the top images now
+
+    A checkpoint that is older than one before it was made after the clock was put back, and perhaps
+    after the snapshot.
     """
     before = () if parent is None else (parent, *history.ancestors(parent))
     return frozenset(tops).union(
         disk.source
         for name, checkpoint in history.checkpoints.items()
-        if name not in before and checkpoint.created >= created
+        if name not in before
+        and (checkpoint.created >= created or checkpoint.created < history.times[name])
         for disk in checkpoint.disks
         if disk.source is not None
     )

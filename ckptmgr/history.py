@@ -116,11 +116,13 @@ class History:
         return self._tree.leaves
 
     def newest(self) -> str | None:
-        """The leaf that was made last; None where there is no checkpoint."""
-        order = {name: place for place, name in enumerate(self._tree.order)}
-        return max(
-            self.leaves(), key=lambda name: (self.get(name).created, order[name]), default=None
-        )
+        """The leaf that was made last; None where there is no checkpoint.  See Tree.times."""
+        return next(reversed(self.times), None)
+
+    @cached_property
+    def times(self) -> dict[str, int]:
+        """When each was made, the oldest first; see Tree.times."""
+        return self._tree.times(lambda name: self.checkpoints[name].created)
 
     def topological(self) -> tuple[str, ...]:
         """All of them depth first, parents before children, siblings by time of creation."""

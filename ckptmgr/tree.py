@@ -46,6 +46,23 @@ class Tree:
         """All of them depth first, parents before children."""
         return self.descendants(None)
 
+    def times(self, created: Callable[[str], int]) -> dict[str, int]:
+        """When each was made, the oldest first.
+
+        None is older than its parent, though its time may be: the host's clock may have been put
+        back between the two.  Between branches there is nothing but the times to go by: what is
+        made on another branch after that is older than the branch that was left, until the clock
+        has passed the times of that.
+
+        created -- when, in seconds, as recorded
+        """
+        found: dict[str, int] = {}
+        for name in self.order:
+            above = self.parents[name]
+            found[name] = max(created(name), created(name) if above is None else found[above])
+        # They are in the order of the tree, which sorting leaves to those of one time.
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
     @property
     def leaves(self) -> tuple[str, ...]:
         """Those without children, in that order."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 import ckptmgr
 from ckptmgr import Retention
+from ckptmgr.operation import preparation
 from integration.stand import DiskSpec
 
 from .kept_points import shown
@@ -45,3 +50,33 @@ def test_the_next_backup_after_a_prune_is_an_increment_and_every_point_is_right(
     catalogue.restore(vm.machine.name, "f", tmp_path / "restored", flatten=True)
     for disk in ("vda", "vdb"):
         assert shown(tmp_path / "restored" / f"{disk}.qcow2") == vm.held["f"][disk]
+
+
+@pytest.mark.not_on_stacks("our own code orders the points")
+def test_a_point_of_a_new_branch_that_the_clock_makes_older_is_told_of(
+    backups: MakeBackups, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The clock was an hour ahead, and is put back before the domain goes back to monday.
+
+    The domain is shut off: of one that runs, libvirt tells the time of a checkpoint.
+    """
+    vm = backups(DiskSpec("vda"), state="stopped")
+    now = int(time.time())
+
+    def take(name: str, seconds: int) -> list[str]:
+        monkeypatch.setattr(preparation, "time", SimpleNamespace(time=lambda: now + seconds))
+        caplog.clear()
+        vm.take(name)
+        return [each.getMessage() for each in caplog.records if "clock" in each.getMessage()]
+
+    assert take("monday", 0) == take("tuesday", 3600) == take("wednesday", 60) == []
+    with vm.domain() as domain:
+        domain.restore(vm.repository, "monday")
+    (said,) = take("thursday", 120)
+    assert said.startswith("restore point thursday counts as older than wednesday")
+    catalogue = ckptmgr.repository(vm.repository)
+    view = catalogue.plan_prune(Retention(last=1))
+    assert [point.name for point in view.points if point.stays] == ["wednesday"]
+    assert take("friday", 3700) == []
+    view = catalogue.plan_prune(Retention(last=1))
+    assert [point.name for point in view.points if point.stays] == ["friday"]

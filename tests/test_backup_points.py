@@ -120,6 +120,16 @@ def test_what_is_not_there_is_no_point() -> None:
         WEEK.chain("mo", "vdb")
 
 
+def test_a_point_that_is_made_with_the_clock_put_back_is_told_of_a_newer_one() -> None:
+    """Where it is on another branch: on the same, none is older than the one before it."""
+    assert WEEK.newer(manifest("sa", "fr", created=NOON + 9)) is None
+    assert WEEK.newer(manifest("sa", "fr", created=NOON)) is None
+    assert WEEK.newer(manifest("sa", "tu", created=NOON + 3)) == "fr"
+    assert WEEK.newer(manifest("sa", "tu", created=NOON + 4)) is None  # in the same second
+    assert WEEK.newer(manifest("sa", created=NOON, domain_uuid=identity("new"))) is None
+    assert points().newer(manifest("mo")) is None
+
+
 @given(damaged())
 def test_every_walk_ends_whatever_is_recorded(found: Points) -> None:
     assert sorted(found.topological()) == sorted(found.manifests) == sorted(found.by_time())

@@ -508,12 +508,15 @@ def test_what_was_written_after_a_snapshot_is_what_was_on_top_then() -> None:
         point("a", 5, None, "/base"),  # the clock may have been wrong
         point("b", 5, "a", "/over"),
         point("c", 5, "a", "/base"),
-        point("d", 4, "a", "/old"),
+        point("d", 4, None, "/old"),
     ):
         history = history.add(checkpoint)
     assert written_since(history, "b", 5, ["/now"]) == {"/now", "/base"}
     assert written_since(history, "c", 5, []) == {"/over"}
     assert written_since(history, None, 6, ["/now"]) == {"/now"}
+    # Made when the clock had been put back, perhaps after the snapshot.
+    history = history.add(point("e", 1, "d", "/back"))
+    assert written_since(history, "b", 5, []) == {"/base", "/back"}
 
 
 def test_a_line_that_was_left_unobserved_makes_only_its_own_tails_unknown() -> None:

@@ -74,6 +74,18 @@ def test_relations_of_a_tree_with_branches() -> None:
     assert TREE.has_current
 
 
+def test_the_newest_is_the_last_of_its_line_also_if_the_clock_was_put_back_on_it() -> None:
+    assert TREE.newest() == "g"
+    points = (
+        checkpoint("a", None, 1),
+        checkpoint("b", "a", 5),
+        checkpoint("c", "b", 2),
+        checkpoint("d", "a", 3),  # of the branch that was left
+    )
+    assert History({point.name: point for point in points}).newest() == "c"
+    assert History().newest() is None
+
+
 def test_siblings_of_the_same_second_are_ordered_by_name() -> None:
     points = [checkpoint(name, created=7) for name in ("c", "a", "b")]
     assert History({point.name: point for point in points}).roots() == ("a", "b", "c")

@@ -41,6 +41,52 @@ def test_every_name_is_there_once_and_after_its_parent(recorded: dict[str, str |
         assert name in found.children[parent]
 
 
+@given(recorded, st.lists(st.integers(0, 9), min_size=7, max_size=7))
+def test_none_is_older_than_its_parent_whatever_the_clock_said(
+    recorded: dict[str, str | None], clock: list[int]
+) -> None:
+    made = dict(zip("abcdefg", clock, strict=True))
+    found = tree(recorded, made.__getitem__)
+    times = found.times(made.__getitem__)
+    assert sorted(times) == sorted(recorded)
+    assert list(times.values()) == sorted(times.values())
+    order = list(times)
+    for name, parent in found.parents.items():
+        assert times[name] >= made[name]
+        assert parent is None or times[name] >= times[parent]
+        assert parent is None or order.index(name) > order.index(parent)
+
+
+@given(st.data())
+def test_the_order_is_that_of_making_as_far_as_a_clock_can_tell(data: st.DataObject) -> None:
+    """With a clock that was never put back; and once it has passed all times, also if it was."""
+    number = data.draw(st.integers(1, 7))
+    parents = {
+        name: data.draw(st.none() | st.sampled_from("abcdefg"[:place])) if place else None
+        for place, name in enumerate("abcdefg"[:number])
+    }
+    steady = dict(zip(parents, range(number), strict=True))
+    assert list(tree(parents, steady.__getitem__).times(steady.__getitem__)) == list(parents)
+    wrong = {name: data.draw(st.integers(0, 9)) for name in parents}
+    last = data.draw(st.none() | st.sampled_from(list(parents)))
+    wrong["z"] = 10
+    assert [*tree({**parents, "z": last}, wrong.__getitem__).times(wrong.__getitem__)][-1] == "z"
+
+
+def test_between_branches_the_times_alone_tell() -> None:
+    """The clock was put back after `c`, and `d` made on another branch: nothing says so."""
+    made = {"a": 1, "b": 5, "c": 6, "d": 2}
+    times = tree({"a": None, "b": "a", "c": "b", "d": "a"}, made.__getitem__).times(
+        made.__getitem__
+    )
+    assert list(times) == ["a", "d", "b", "c"]
+    made = {"a": 1, "b": 5, "c": 2, "d": 3}  # put back on one line: c is not older than b
+    times = tree({"a": None, "b": "a", "c": "b", "d": "a"}, made.__getitem__).times(
+        made.__getitem__
+    )
+    assert list(times) == ["a", "d", "b", "c"]
+
+
 @given(recorded)
 def test_ancestors_and_descendants_are_each_others(recorded: dict[str, str | None]) -> None:
     found = planted(recorded)

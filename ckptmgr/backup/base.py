@@ -59,7 +59,7 @@ def _newest(found: Sequence[Base], lineages: Mapping[str, Points]) -> Base | Non
     for key, points in lineages.items():
         here = {base.point: base for base in found if base.lineage == key}
         last += [here[name] for name in points.by_time() if name in here][-1:]
-    return max(last, key=lambda base: lineages[base.lineage].get(base.point).created, default=None)
+    return max(last, key=lambda base: lineages[base.lineage].times[base.point], default=None)
 
 
 def _of(checkpoint: Checkpoint, uuid: str, points: Points) -> Iterator[str]:

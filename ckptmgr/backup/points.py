@@ -74,23 +74,26 @@ class Points:
         return self._tree.order
 
     def by_time(self) -> tuple[str, ...]:
-        """All of them, oldest first.
+        """All of them, oldest first; none before its parent."""
+        return tuple(self.times)
 
-        None comes before its parent, though its time may: the clock of the host may have been put
-        back between the two.
-        """
-        times: dict[str, int] = {}
-        for name in self.topological():
-            parent = self.parent(name)
-            created = self.get(name).created
-            times[name] = created if parent is None else max(created, times[parent])
-        # They are in topological order, which sorting leaves to those of one time.
-        return tuple(sorted(times, key=lambda name: times[name]))
+    @cached_property
+    def times(self) -> dict[str, int]:
+        """When each was made, oldest first; see Tree.times."""
+        return self._tree.times(lambda name: self.manifests[name].created)
 
     def newest(self, domain: str | None = None) -> str | None:
         """The point that was made last; of the domain with that name or UUID only."""
         names = self.by_time() if domain is None else self.of(domain)
         return names[-1] if names else None
+
+    def newer(self, made: Manifest) -> str | None:
+        """The point of the same domain that counts as newer than `made`, which is made just now."""
+        found = Points({**self.manifests, made.name: made})
+        newest = found.newest(made.domain_uuid)
+        if newest is None or found.times[newest] == found.times[made.name]:
+            return None
+        return newest
 
     def of(self, domain: str) -> tuple[str, ...]:
         """The points of the domain with that name or UUID, oldest first."""

@@ -162,6 +162,14 @@ class RestorePoint:
     def commit(self) -> None:
         """Make the point exist."""
         self._draft.commit(self.manifest)
+        newer = self._points.newer(self.manifest)
+        if newer is not None:
+            log.warning(
+                "restore point %s counts as older than %s, whose time is later: this host's clock "
+                "was put back, and `prune` goes by the times",
+                self.name,
+                newer,
+            )
 
     def withdraw(self) -> None:
         """Have the point not exist, if it has come to be."""

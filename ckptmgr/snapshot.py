@@ -39,6 +39,7 @@ class Kind(StrEnum):
 class DiskImage:
     """The top image that a disk had.
 
+    path -- or ``volume:pool/name``, until its pool was asked
     format -- as the domain gives it: what the guest wrote must never be taken for a qcow2
     """
 
@@ -125,10 +126,15 @@ def _images(root: etree._Element) -> Iterator[DiskImage]:
         # A medium that is missing is for libvirt's startupPolicy to judge.
         kept = disk.get("device", "disk") in ("disk", "lun")
         if kept and target is not None and source is not None:
-            path = source.get("file") or source.get("dev")
+            path = source.get("file") or source.get("dev") or _volume(source)
             if path:
                 form = None if driver is None else driver.get("type")
                 yield DiskImage(str(target.get("dev")), path, form)
+
+
+def _volume(source: etree._Element) -> str | None:
+    pool, volume = source.get("pool"), source.get("volume")
+    return f"volume:{pool}/{volume}" if pool and volume else None
 
 
 def _marker(root: etree._Element) -> Marker | None:

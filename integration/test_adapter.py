@@ -546,8 +546,11 @@ def test_a_volume_has_the_path_of_its_pool_and_the_nodes_of_its_chain(
         adapter = adapt(vm)
         for _ in ("running", "stopped"):
             disk = by_target(adapter.disks())["vdv"]
-            assert disk.top.source == "volume:p/a b.qcow2"
-            assert disk.top.path == str(image)
+            assert (disk.top.type, disk.top.source, disk.top.path) == (
+                "volume",
+                str(image),
+                str(image),
+            )
             assert (disk.size, disk.top.qcow2_version) == (8 * MIB, 3)
             assert [layer.path for layer in disk.chain[1:]] == [str(base)]
             assert len(adapter.layers({"vdv"})[0].layers) == 2

@@ -14,7 +14,7 @@ from ckptmgr.domain import devices
 from ckptmgr.engine.qemu_img import image_name
 from integration.conftest import MakeMachine
 from integration.devices import loop_device, other_node
-from integration.stand import DiskSpec, rounded
+from integration.stand import Daemon, DiskSpec, Machine, rounded
 from integration.test_backup import Backups, modes
 
 MIB = 1 << 20
@@ -35,6 +35,23 @@ def qcow2(device: Path) -> DiskSpec:
     size = 16 * MIB
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", device, str(size)], check=True)
     return DiskSpec("vda", size=size, image=device)
+
+
+@pytest.fixture
+def volume(daemon: Daemon, make_vm_on: MakeMachine, tmp_path: Path) -> Iterator[Machine]:
+    """A running machine whose disk is a volume of a pool."""
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    image = folder / "v.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "16M"], check=True)
+    pool = daemon.handle.storagePoolCreateXML(
+        f"<pool type='dir'><name>volumes</name><target><path>{folder}</path></target></pool>"
+    )
+    try:
+        disk = DiskSpec("vda", size=16 * MIB, image=image, volume=("volumes", image.name))
+        yield make_vm_on(daemon, [disk], state="running")
+    finally:
+        pool.destroy()
 
 
 @contextlib.contextmanager
@@ -151,3 +168,31 @@ def test_a_device_that_is_written_while_it_is_backed_up_makes_no_point(
         "before"
     ]
     backups.check(backups.take("after"))
+
+
+def test_a_volume_of_a_pool_is_tracked_backed_up_and_reverted(
+    volume: Machine, tmp_path: Path
+) -> None:
+    """Running and shut off, by the path that its pool gives it."""
+    backups = Backups(volume, tmp_path)
+    made = [backups.take("running")]
+    with backups.domain() as domain:
+        domain.create_snapshot("s1")
+        volume.write("vda", MIB, MIB, 5)
+        returned = domain.revert_snapshot("s1")
+        assert returned.parent == "running"
+    volume.stop()
+    with backups.domain() as domain:
+        domain.create("stopped")
+        volume.write("vda", 3 * MIB, 4096, 6)
+        (since,) = domain.diff("stopped").disks
+        assert since.extents() == rounded([(3 * MIB, 4096)])
+        made.append(backups.take("shut-off"))
+        domain.delete("stopped")
+        assert domain.check() == ()
+        domain.delete_snapshot("s1")
+        domain.restore(backups.repository, "running")
+    assert volume.contents("vda") == backups.held["running"]["vda"]
+    assert modes(made[1]) == {"vda": "incremental"}
+    assert made[1].disks[0].reason is None
+    backups.check(*made)

@@ -36,7 +36,7 @@ def described(disk: Disk, handle: Any, connection: Connection, *, active: bool) 
 
 
 def located(image: Image, connection: Connection) -> Image:
-    """A volume with the path that its pool gives it."""
+    """A volume under the path that its pool gives it, as the layers of chains are named, too."""
     if image.type != "volume" or image.path is not None:
         return image
     pool, _, volume = image.source.removeprefix("volume:").partition("/")
@@ -45,7 +45,7 @@ def located(image: Image, connection: Connection) -> Image:
     except libvirt.libvirtError as error:
         log.info("volume %s of pool %s has no path: %s", volume, pool, error)
         return image
-    return replace(image, path=path) if path.startswith("/") else image
+    return replace(image, path=path, source=path) if path.startswith("/") else image
 
 
 def _with_chain(disk: Disk) -> Disk:

@@ -10,7 +10,8 @@ class Image:
     """One layer of a disk's backing chain.
 
     type -- libvirt's source type: file, block, network, volume, nvme, vhostuser, dir
-    source -- path, or URI for what has none (``rbd://host/pool/image``, ``volume:pool/name``);
+    source -- path, or URI for what has none (``rbd://host/pool/image``, ``volume:pool/name`` until
+        its pool was asked);
               this is how an image is named in messages and in the store
     path -- local path where there is one (file, block; volumes are resolved through libvirt)
     format -- driver format (qcow2, raw, ...); None where unknown

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from ..errors import NoSnapshot
-from ..snapshot import Snapshot, parse_snapshot, with_state
+from ..snapshot import DiskImage, Snapshot, parse_snapshot, with_state
 from .adapter import DomainAdapter
 from .binding import libvirt
+from .details import located
+from .disk import Image
 from .failure import translate
 
 NO_SNAPSHOT = 72  # virErrorNumber NO_DOMAIN_SNAPSHOT
@@ -18,9 +23,7 @@ def snapshots(adapter: DomainAdapter) -> tuple[Snapshot, ...]:
     """All snapshots, parents before children."""
     with translate("listing the snapshots", adapter.name):
         found = adapter.handle.listAllSnapshots(libvirt.VIR_DOMAIN_SNAPSHOT_LIST_TOPOLOGICAL)
-        return tuple(
-            parse_snapshot(each.getXMLDesc(0), current=bool(each.isCurrent(0))) for each in found
-        )
+        return tuple(_read(adapter, each) for each in found)
 
 
 def have_snapshots(adapter: DomainAdapter) -> bool:
@@ -41,7 +44,22 @@ def snapshot(adapter: DomainAdapter, name: str) -> Snapshot:
                 f"domain {adapter.name!r} has no snapshot {name!r}",
                 hint="`ckptmgr snapshot list` lists them",
             ) from None
-        return parse_snapshot(found.getXMLDesc(0), current=bool(found.isCurrent(0)))
+        return _read(adapter, found)
+
+
+def _read(adapter: DomainAdapter, found: Any) -> Snapshot:
+    """A virDomainSnapshot, its volumes under their paths."""
+    snapshot = parse_snapshot(found.getXMLDesc(0), current=bool(found.isCurrent(0)))
+    images = (_located(adapter, image) for image in snapshot.images)
+    return replace(snapshot, images=tuple(image for image in images if image is not None))
+
+
+def _located(adapter: DomainAdapter, image: DiskImage) -> DiskImage | None:
+    """None for a volume that is on no path."""
+    if not image.path.startswith("volume:"):
+        return image
+    path = located(Image("volume", image.path), adapter.connection).path
+    return None if path is None else replace(image, path=path)
 
 
 def create(adapter: DomainAdapter, document: str, *, disk_only: bool) -> str:

@@ -23,6 +23,7 @@ class DiskSpec:
     backing -- formats of the layers underneath, nearest first: ``("qcow2", "raw")``
     device -- disk or cdrom; `empty`: a drive without a medium
     image -- use this image, made by the test, and make none
+    volume -- name it by pool and volume
     """
 
     target: str = "vda"
@@ -38,6 +39,7 @@ class DiskSpec:
     transient: bool = False
     empty: bool = False
     image: Path | None = None
+    volume: tuple[str, str] | None = None
 
     @property
     def on_bus(self) -> str:

@@ -98,10 +98,13 @@ def domain_xml(
 
 
 def _disk_xml(disk: DiskSpec, image: Path | None) -> str:
-    kind, name = "file", "file"
-    if image is not None and image.is_block_device():
-        kind, name = "block", "dev"
-    source = "" if image is None else f"<source {name}={quoteattr(str(image))}/>"
+    kind, source = "file", ""
+    if disk.volume is not None:
+        pool, volume = map(quoteattr, disk.volume)
+        kind, source = "volume", f"<source pool={pool} volume={volume}/>"
+    elif image is not None:
+        kind, name = ("block", "dev") if image.is_block_device() else ("file", "file")
+        source = f"<source {name}={quoteattr(str(image))}/>"
     wanted = {
         "readonly": disk.read_only,
         "shareable": disk.shareable,

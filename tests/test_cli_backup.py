@@ -25,12 +25,13 @@ def asked(host: Host) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
 
 def test_options_reach_the_library(host: Host, tmp_path: Path) -> None:
     command = f"backup web {tmp_path} p --full --disk vda --disk /x --compress zstd --pause"
-    assert main([*command.split(), "--quiesce", "--limit", "1.5M", "--new"]) == 0
+    assert main([*command.split(), "--quiesce", "--limit", "1.5M", "--new", "--decrypt"]) == 0
     (call,) = asked(host)
     assert call[0] == "backup"
     assert call[1:3] == ((tmp_path, "p"), {
         "full": True, "disks": ("vda", "/x"), "compress": True,
         "quiesce": True, "pause": True, "limit": 1536 * 1024, "new": True,
+        "decrypt": True,
     })  # fmt: skip
 
 

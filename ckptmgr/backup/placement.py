@@ -10,10 +10,12 @@ from enum import StrEnum
 from pathlib import Path
 
 from .. import qcow2
+from ..domain.images import LUKS
 from ..errors import InvalidRequest
 from .manifest import Manifest, PointDisk
 
 _SECTOR = 512
+_HEAD = 64
 
 
 class Kind(StrEnum):
@@ -54,6 +56,7 @@ class Found:
     identity -- the same for two names of one file or device
     size -- in bytes
     qcow2 -- it begins as a qcow2 image does
+    encrypted -- what it holds is a LUKS container, or an encrypted qcow2 image
     """
 
     path: Path
@@ -61,6 +64,7 @@ class Found:
     size: int
     block: bool = False
     qcow2: bool = False
+    encrypted: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,13 @@ def remarks(found: Mapping[str, Found]) -> tuple[str, ...]:
 
 
 def _onto(disk: PointDisk, found: Found) -> Place:
+    if found.encrypted:
+        raise InvalidRequest(
+            f"{found.path} is encrypted, and what is restored to it would not be",
+            hint=f"if that is meant, remove the old contents first: wipefs --all {found.path}"
+            if found.block or not found.qcow2
+            else "restore to another place",
+        )
     if found.qcow2 and not found.block:
         kind, form = Kind.REPLACEMENT, "qcow2"
     else:
@@ -186,7 +197,7 @@ def look(path: Path) -> Found:
         descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             size = os.lseek(descriptor, 0, os.SEEK_END)
-            head = os.pread(descriptor, len(qcow2.MAGIC), 0)
+            head = os.pread(descriptor, _HEAD, 0)
         finally:
             os.close(descriptor)
     except (OSError, ValueError, RuntimeError) as error:
@@ -196,4 +207,10 @@ def look(path: Path) -> Found:
             hint="--onto writes to volumes that are there; new images go into a folder",
         ) from error
     identity = (-1, status.st_rdev) if block else (status.st_dev, status.st_ino)
-    return Found(real, identity, size, block, head == qcow2.MAGIC)
+    return Found(real, identity, size, block, head.startswith(qcow2.MAGIC), _is_encrypted(head))
+
+
+def _is_encrypted(head: bytes) -> bool:
+    if head.startswith(qcow2.MAGIC):
+        return any(head[32:36])  # crypt_method
+    return head.startswith(LUKS)

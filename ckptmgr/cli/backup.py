@@ -61,6 +61,9 @@ def rate(value: str) -> int:
     "--limit", metavar="RATE", type=rate, help="Read at most so much per second, such as 50M."
 )
 @click.option("--new", is_flag=True, help="Begin anew where restore points are gone.")
+@click.option(
+    "--decrypt", is_flag=True, help="Encrypted disks, too: what is kept of them is not encrypted."
+)
 @dry_run_option
 @click.pass_obj
 def backup(
@@ -75,6 +78,7 @@ def backup(
     pause: bool,
     limit: int | None,
     new: bool,
+    decrypt: bool,
     dry_run: bool,
 ) -> Answer:
     """Make a restore point of a domain in a repository.
@@ -93,6 +97,7 @@ def backup(
         "pause": pause,
         "limit": limit,
         "new": new,
+        "decrypt": decrypt,
     }
     with session.domain(domain) as target:
         if dry_run:

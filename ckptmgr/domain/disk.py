@@ -6,6 +6,18 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Encryption:
+    """How QEMU encrypts an image.
+
+    format -- luks; qcow, which is AES in old qcow2 images; or what a newer libvirt has
+    secret -- ``("uuid", …)`` or ``("usage", …)`` of libvirt's secret; None: none is named
+    """
+
+    format: str
+    secret: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Image:
     """One layer of a disk's backing chain.
 
@@ -20,6 +32,7 @@ class Image:
     qcow2_version -- 2 or 3 for a qcow2 image whose header could be read, else None
     cluster_size -- of a qcow2 image whose header could be read, in bytes
     size -- virtual size in bytes, where the image could be asked
+    encryption -- None: it is not encrypted, as far as the definition and its header say
     slice_size -- only so many bytes of the file or device are the image (libvirt's <slices>)
     """
 
@@ -33,6 +46,7 @@ class Image:
     cluster_size: int | None = None
     slice_size: int | None = None
     size: int | None = None
+    encryption: Encryption | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,11 @@ class Disk:
     def top(self) -> Image:
         """The image that the guest writes to.  Raises IndexError for an empty drive."""
         return self.chain[0]
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether an image of it is: what QEMU reads of it is not."""
+        return any(image.encryption is not None for image in self.chain)
 
     @property
     def format_node(self) -> str | None:

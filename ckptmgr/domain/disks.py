@@ -24,7 +24,7 @@ from lxml import etree
 
 from ..errors import InvalidDocument
 from ..xml import parse
-from .disk import Disk, Image
+from .disk import Disk, Encryption, Image
 
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 
@@ -62,7 +62,11 @@ def _disk(element: etree._Element) -> Disk:
     chain: tuple[Image, ...] = ()
     known = True
     if top is not None:
-        top = replace(top, format=None if driver is None else driver.get("type"))
+        top = replace(
+            top,
+            format=None if driver is None else driver.get("type"),
+            encryption=top.encryption or _encryption(element),
+        )
         below, known = _backing(element.find("backingStore"))
         chain = (top, *below)
         # What has no backing format never has a backing file.
@@ -124,7 +128,22 @@ def _image(kind: str, source: etree._Element | None) -> Image | None:
         index=_number(source, "index"),
         data_file=data_file or None,
         slice_size=slice_size,
+        encryption=_encryption(source),
     )
+
+
+def _encryption(parent: etree._Element) -> Encryption | None:
+    """In the ``<source>``; or in the ``<disk>``, as before libvirt 3.9:
+
+    <encryption format='luks'><secret type='passphrase' uuid='…'/></encryption>
+    """
+    element = parent.find("encryption")
+    if element is None:
+        return None
+    secret = element.find("secret")
+    names = () if secret is None else (("uuid", secret.get("uuid")), ("usage", secret.get("usage")))
+    named = next(((kind, name) for kind, name in names if name), None)
+    return Encryption(element.get("format", ""), named)
 
 
 def _names(kind: str, source: etree._Element) -> tuple[str | None, str | None]:

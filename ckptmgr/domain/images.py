@@ -15,9 +15,15 @@ from pathlib import Path
 
 from .. import qcow2
 from ..errors import OperationFailed
-from .disk import Image
+from .disk import Encryption, Image
 
 log = logging.getLogger("ckptmgr")
+
+LUKS = b"LUKS\xba\xbe"
+"""What a LUKS container begins with."""
+
+_METHODS = {1: "qcow", 2: "luks"}
+"""crypt_method in the header of a qcow2 image, in libvirt's words."""
 
 
 @contextmanager
@@ -68,6 +74,30 @@ def raw_size(path: str | Path) -> int | None:
     return -(-found.st_size // 512) * 512 if stat.S_ISREG(found.st_mode) else None
 
 
+def _payload(path: str | Path) -> int | None:
+    """Where what a LUKS container holds begins, in bytes; None if it is none (of version 1, as
+    QEMU makes and reads).  Raises OSError.
+
+    magic 6 bytes, version u16, …; at 104 the payload's offset in sectors, u32
+    """
+    with opened(path) as descriptor:
+        head = b"" if descriptor is None else os.pread(descriptor, 108, 0)
+    if len(head) < 108 or not head.startswith(LUKS + b"\0\1"):
+        return None
+    return int.from_bytes(head[104:]) * qcow2.SECTOR
+
+
+def _raw_size(image: Image) -> int | None:
+    """The virtual size of a raw image.  Raises OSError."""
+    if image.path is None:
+        return None
+    size = image.slice_size or raw_size(image.path)
+    if image.encryption is None or size is None:
+        return size
+    begins = _payload(image.path)
+    return None if begins is None else max(0, size - begins)
+
+
 def described(image: Image) -> Image:
     """A local image with what its qcow2 header says, and its virtual size.
 
@@ -77,14 +107,16 @@ def described(image: Image) -> Image:
         return image
     try:
         if image.format == "raw":
-            return replace(image, size=image.slice_size or raw_size(image.path))
+            return replace(image, size=_raw_size(image))
         header = read_header(image.path)
     except OSError as error:
         log.info("%s cannot be read: %s", image.path, error)
         return image
     if header is None:
         return image
-    data_file = image.data_file
+    data_file, encryption = image.data_file, image.encryption
+    if encryption is None and header.encryption:
+        encryption = Encryption(_METHODS.get(header.encryption, str(header.encryption)))
     if data_file is None and header.has_data_file:
         named = header.data_file or "(external data file)"
         data_file = str(Path(image.path).parent / named)
@@ -94,4 +126,5 @@ def described(image: Image) -> Image:
         qcow2_version=header.version,
         cluster_size=header.cluster_size,
         size=header.size,
+        encryption=encryption,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 from ..checkpoint import EngineName
 from ..domain.adapter import DomainAdapter
 from ..domain.devices import Watch, is_device
-from ..errors import Busy, OperationFailed
+from ..domain.keys import Keys
+from ..errors import Busy, OperationFailed, Unsupported
 from ..nbd import read_dirty_map
 from ..plan.steps import (
     Export,
@@ -34,6 +36,7 @@ class OfflineEngine:
         self.adapter = adapter
         self._libvirt = LibvirtEngine(adapter)
         self._servers = ExitStack()
+        self._keys = Keys(adapter)
         self._watches: dict[str, Watch] = {}
 
     def run(self, steps: Sequence[Step]) -> Outcome:
@@ -46,15 +49,19 @@ class OfflineEngine:
             case ImagesCheck():
                 for disk, image in step.images:
                     check_free(disk, image)
+                    self._keys.of(disk, image)
+                for disk, image in step.served:
+                    self._served_key(disk, image)
             case ImageBitmap():
-                change_bitmap(step)
+                self._change(step)
             case ReadImageMap():
                 self._read(step, outcome)
             case ImagesServe():
                 for disk, image, form in step.images:
                     if is_device(image):
                         self._watches[disk] = _watch(disk, image)
-                    server = self._servers.enter_context(serve_image(disk, image, form))
+                    key = self._served_key(disk, image)
+                    server = self._servers.enter_context(serve_image(disk, image, form, key=key))
                     server.wait()
                     outcome.served[disk] = (server.socket, "")
             case ImagesRelease():
@@ -66,9 +73,25 @@ class OfflineEngine:
             case _:
                 self._libvirt.perform(step, outcome)
 
+    def _change(self, step: ImageBitmap) -> None:
+        if step.missing_ok and not os.path.lexists(step.image):
+            return
+        key = self._keys.of(step.disk, step.image)
+        change_bitmap(step, key, alone=self._keys.below(step.disk, step.image))
+
+    def _served_key(self, disk: str, image: str) -> bytes | None:
+        """The key of an image that is to be served.  Raises Unsupported."""
+        if self._keys.below(disk, image):
+            raise Unsupported(
+                f"disk {disk} of domain {self.adapter.name!r} stands on an image that is encrypted",
+                hint="start the domain: while it runs, its QEMU has the keys",
+            )
+        return self._keys.of(disk, image)
+
     def _read(self, step: ReadImageMap, outcome: Outcome) -> None:
         export = Export(step.disk, "", step.bitmap, step.granularity)
-        with serve(step.disk, step.image, step.bitmap) as server:
+        key = self._keys.of(step.disk, step.image)
+        with serve(step.disk, step.image, step.bitmap, key) as server:
             found = read_dirty_map(server.socket, export, check=server.check)
         outcome.add(step.disk, found)
 

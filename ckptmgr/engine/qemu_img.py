@@ -35,20 +35,44 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
+_KEY = "key"
+"""Id of the object that gives a tool its key."""
+
 STOP_TIMEOUT = 10.0
 """Seconds for qemu-nbd to end after SIGTERM, before SIGKILL (it only reads)."""
 
 
-def image_name(path: str, driver: str = "qcow2", **options: Any) -> str:
+def image_name(path: str, driver: str = "qcow2", *, encrypted: bool = False, **options: Any) -> str:
     """How QEMU's tools are given the image at `path`.
 
     driver -- its format
+    encrypted -- with LUKS; the tool is given the `_secret` as well
     options -- further blockdev options, ``backing=None`` for one without its backing file
     """
     # Where there is nothing, the tool will say so.
     protocol = "host_device" if is_device(path) else "file"
+    if encrypted and driver == "raw":
+        driver, options = "luks", {"key-secret": _KEY, **options}
+    elif encrypted:
+        options = {"encrypt": {"format": "luks", "key-secret": _KEY}, **options}
     image = {"driver": driver, "file": {"driver": protocol, "filename": path}, **options}
     return "json:" + json.dumps(image)
+
+
+@contextlib.contextmanager
+def _secret(key: bytes | None) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+    """The options that give QEMU's tools a key, and the descriptor that they have to inherit: it is
+    neither in a command line nor in a file.
+    """
+    if key is None:
+        yield [], ()
+        return
+    descriptor = os.memfd_create("ckptmgr", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, key)
+        yield ["--object", f"secret,id={_KEY},file=/proc/self/fd/{descriptor}"], (descriptor,)
+    finally:
+        os.close(descriptor)
 
 
 def check_free(disk: str, path: str) -> None:
@@ -79,8 +103,14 @@ def _in_use(disk: str, path: str) -> Busy:
     )
 
 
-def change_bitmap(step: ImageBitmap) -> None:
-    """Run ``qemu-img bitmap``.  Raises Busy, CheckpointExists, BitmapBroken, OperationFailed."""
+def change_bitmap(step: ImageBitmap, key: bytes | None = None, *, alone: bool = False) -> None:
+    """Run ``qemu-img bitmap``.
+
+    key -- of an encrypted image
+    alone -- open the image without what it stands on
+
+    Raises Busy, CheckpointExists, BitmapBroken, OperationFailed.
+    """
     if step.missing_ok and not os.path.lexists(step.image):
         return
     if is_device(step.image):
@@ -90,7 +120,11 @@ def change_bitmap(step: ImageBitmap) -> None:
     if step.granularity is not None:
         options += ["-g", str(step.granularity)]
     # A checkpoint may be called "-f"; hence the "--".
-    code, said = _run(["qemu-img", "bitmap", *options, "--", image_name(step.image), step.bitmap])
+    without: dict[str, Any] = {"backing": None} if alone else {}
+    name = image_name(step.image, encrypted=key is not None, **without)
+    with _secret(key) as (secret, inherited):
+        command = ["qemu-img", "bitmap", *secret, *options, "--", name, step.bitmap]
+        code, said = _run(command, inherited)
     if code == 0 or (step.missing_ok and "not found" in said and "Dirty bitmap" in said):
         return
     raise _failure(step, said)
@@ -107,7 +141,7 @@ def _failure(step: ImageBitmap, said: str) -> CkptmgrError:
     return OperationFailed(message)
 
 
-def _run(command: list[str]) -> tuple[int, str]:
+def _run(command: list[str], inherited: tuple[int, ...] = ()) -> tuple[int, str]:
     """Exit status and standard error of a qemu-img that changes an image.
 
     It is never ended half way, for then all bitmaps of the image would be lost: it gets a session
@@ -115,7 +149,7 @@ def _run(command: list[str]) -> tuple[int, str]:
     """
     with contextlib.ExitStack() as until_known:
         until_known.enter_context(_signals_later())
-        process = _start(command, start_new_session=True)
+        process = _start(command, start_new_session=True, pass_fds=inherited)
         try:
             until_known.close()
             _, said = process.communicate()
@@ -192,12 +226,23 @@ class _Server:
     socket -- where it listens, or soon will
     """
 
-    def __init__(self, disk: str, image: str, options: list[str], name: str, folder: Path) -> None:
+    def __init__(
+        self,
+        disk: str,
+        image: str,
+        options: list[str],
+        name: str,
+        folder: Path,
+        key: bytes | None = None,
+    ) -> None:
         self.socket = str(folder / "nbd.sock")
         self._disk = disk
         self._image = image
-        command = ["qemu-nbd", "--read-only", *options, f"--socket={self.socket}", "--", name]
-        self._process = _start(command, preexec_fn=_ending_with_us())
+        with _secret(key) as (secret, inherited):
+            given = [*secret, "--read-only", *options, f"--socket={self.socket}", "--", name]
+            self._process = _start(
+                ["qemu-nbd", *given], preexec_fn=_ending_with_us(), pass_fds=inherited
+            )
 
     def wait(self) -> None:
         """Wait until the image is open, and so locked.  Raises as `check`, and OperationFailed."""
@@ -241,11 +286,11 @@ _ServerT = TypeVar("_ServerT", bound=_Server)
 class BitmapServer(_Server):
     """Serves one bitmap of one image; made by `serve`."""
 
-    def __init__(self, disk: str, image: str, bitmap: str, folder: Path) -> None:
+    def __init__(self, disk: str, image: str, bitmap: str, folder: Path, key: bytes | None) -> None:
         self._bitmap = bitmap
-        name = image_name(image, backing=None)
+        name = image_name(image, encrypted=key is not None, backing=None)
         # Without --persistent it ends with its first client.
-        super().__init__(disk, image, [f"--bitmap={bitmap}"], name, folder)
+        super().__init__(disk, image, [f"--bitmap={bitmap}"], name, folder, key)
 
     def _failure(self, said: str) -> CkptmgrError:
         message = (
@@ -262,15 +307,23 @@ class ImageServer(_Server):
 
 
 @contextlib.contextmanager
-def serve(disk: str, image: str, bitmap: str) -> Iterator[BitmapServer]:
-    """Serve a bitmap on a socket in a folder that only we can enter."""
+def serve(disk: str, image: str, bitmap: str, key: bytes | None = None) -> Iterator[BitmapServer]:
+    """Serve a bitmap on a socket in a folder that only we can enter.
+
+    key -- of an encrypted image
+    """
     with private_folder() as folder:
-        yield from _stopped(BitmapServer(disk, image, bitmap, folder))
+        yield from _stopped(BitmapServer(disk, image, bitmap, folder, key))
 
 
 @contextlib.contextmanager
 def serve_image(
-    disk: str, image: str, driver: str = "qcow2", *, chain: bool = True
+    disk: str,
+    image: str,
+    driver: str = "qcow2",
+    *,
+    chain: bool = True,
+    key: bytes | None = None,
 ) -> Iterator[ImageServer]:
     """Serve the content of an image on a socket in a folder that only we can enter.
 
@@ -279,13 +332,15 @@ def serve_image(
     driver -- the format of the image
     chain -- as it reads on its backing files; False: what the image holds itself, and zeroes, with
              ``qemu:allocation-depth`` to tell them apart
+    key -- of an encrypted image; what is served is not encrypted
     """
     options = ["--persistent", "--shared=4"]
     if not chain:
         options.append("--allocation-depth")
-    name = image_name(image, driver, **({} if chain else {"backing": None}))
+    without: dict[str, Any] = {} if chain else {"backing": None}
+    name = image_name(image, driver, encrypted=key is not None, **without)
     with private_folder() as folder:
-        yield from _stopped(ImageServer(disk, image, options, name, folder))
+        yield from _stopped(ImageServer(disk, image, options, name, folder, key))
 
 
 def _stopped(server: _ServerT) -> Iterator[_ServerT]:

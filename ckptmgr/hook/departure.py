@@ -22,7 +22,7 @@ from ..dirtymap import DirtyMap
 from ..domain.chain import read_chain
 from ..domain.disk import Disk, DiskLayers
 from ..domain.disks import parse_disks
-from ..domain.images import internal_snapshots
+from ..domain.images import internal_snapshots, read_header
 from ..errors import BitmapBroken, Busy, InvalidDocument, OperationFailed
 from ..history import History
 from ..marker import Marker, parse_marker
@@ -195,7 +195,9 @@ def _leave(
     deadline: float,
 ) -> str:
     history, record = loaded.history, loaded.record
-    layers = _layers((*disks.values(), *(before or {}).values()))
+    disks_of_both = (*disks.values(), *(before or {}).values())
+    _refuse_encrypted(disks_of_both)
+    layers = _layers(disks_of_both)
     ours = _ours(store, loaded)
     _refuse_foreign(layers, ours)
     tails = _tails(store, history, before or {}, deadline)
@@ -227,6 +229,14 @@ def _layers(disks: Iterable[Disk]) -> list[DiskLayers]:
         if Path(path).exists():
             found.append(DiskLayers(target, read_chain(path, "qcow2")))
     return found
+
+
+def _refuse_encrypted(disks: Iterable[Disk]) -> None:
+    """To take bitmaps out of an image takes its key, for which libvirt cannot be asked here."""
+    for path in {_path(disk) for disk in disks}:
+        header = read_header(path) if Path(path).exists() else None
+        if header is not None and header.encryption and header.bitmaps:
+            raise OperationFailed(f"{path} is encrypted: only `ckptmgr snapshot revert` can revert")
 
 
 def _ours(store: DomainStore, loaded: Loaded) -> frozenset[str]:

@@ -21,6 +21,7 @@ class BackupOptions(TypedDict, total=False):
     limit -- bytes per second; default: none
     new -- begin anew where there were restore points that are not there any more; default: refuse,
            since their file system may just not be mounted
+    decrypt -- encrypted disks, too, though what is kept of them is not encrypted; default: refuse
     """
 
     full: bool
@@ -30,6 +31,7 @@ class BackupOptions(TypedDict, total=False):
     pause: bool
     limit: int | None
     new: bool
+    decrypt: bool
 
 
 def backup_request(
@@ -49,4 +51,5 @@ def backup_request(
         pause=options.get("pause", False),
         limit=limit,
         new=options.get("new", False),
+        decrypt=options.get("decrypt", False),
     )

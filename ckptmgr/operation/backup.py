@@ -126,6 +126,14 @@ def _targets(session: Session, request: Request) -> tuple[str, ...]:
     else:
         chosen = [disk for disk in disks if _has_data(disk)]
     targets = tuple(dict.fromkeys(check_target(disk.target) for disk in chosen))
+    encrypted = [disk.target for disk in chosen if disk.encrypted]
+    if encrypted and not request.decrypt:
+        raise InvalidRequest(
+            f"what domain {session.adapter.name!r} has on {', '.join(encrypted)} is encrypted, and "
+            "in a restore point it would not be",
+            hint="--decrypt says that this is meant, such as for a repository on storage that is "
+            "encrypted itself; --disk backs up other disks alone",
+        )
     if not targets:
         raise InvalidRequest(f"domain {session.adapter.name!r} has no disk to back up")
     return targets

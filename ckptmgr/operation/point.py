@@ -61,6 +61,7 @@ class Request:
     pause -- have the guest stand still for the instant
     limit -- bytes per second; None: no limit
     new -- begin anew where the domain had points that are not there any more
+    decrypt -- encrypted disks, too: what is kept of them is not encrypted
     """
 
     repository: Path
@@ -72,6 +73,7 @@ class Request:
     pause: bool = False
     limit: int | None = None
     new: bool = False
+    decrypt: bool = False
 
 
 class RestorePoint:

@@ -228,13 +228,13 @@ def _unsuitable(session: Session, disk: Disk) -> str | None:
         return f"its image is {disk.top.format or 'of an unknown format'}"
     if disk.top.data_file is not None or disk.top.slice_size is not None:
         return "its image does not stand for itself (a data file, or a slice)"
+    if disk.encrypted:
+        return "its image is encrypted, and what is backed up is not"
     root = parse(session.adapter.description(), what="the domain's XML")
     for element in root.findall("devices/disk"):
         target = element.find("target")
         if target is None or target.get("dev") != disk.target:
             continue
-        if next(element.iter("encryption"), None) is not None:
-            return "its image is encrypted, and what is backed up is not"
         if element.find("backingStore/source") is not None:
             return "the domain's definition names its backing file, which the new one does not have"
     if internal_snapshots(disk.top.path):

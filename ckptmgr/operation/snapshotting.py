@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..branch import resolve
 from ..domain import snapshots
 from ..domain.power import is_running, state
-from ..errors import CkptmgrError, ConnectionFailed, InvalidRequest
+from ..errors import CkptmgrError, ConnectionFailed, InvalidRequest, Unsupported
 from ..plan.steps import Direct, Plan, Step
 from ..snapshot import Snapshot, check_snapshot_name, format_snapshot
 from ..views import ListView, PlaceView, SnapshotView
@@ -40,6 +40,7 @@ def create(session: Session, request: Request) -> SnapshotView:
     """Take a snapshot.  See Domain.create_snapshot."""
     document = format_snapshot(request.name, request.description, request.memory)
     _check_memory(session, request)
+    _check_images(session, request)
     with session.locked() as loaded:
         _check_free(session, request.name)
         # Paused, so that both are of one instant; the snapshot of a running domain resumes.
@@ -77,6 +78,7 @@ def plan_create(session: Session, request: Request) -> Plan:
     """What create() would do; nothing is touched, not even the lock."""
     session.require_writable()
     _check_memory(session, request)
+    _check_images(session, request)
     _check_free(session, request.name)
     pauses = request.checkpoint and session.active and is_running(session.adapter)
     steps: list[Step] = [Direct("libvirt: pause the domain")] if pauses else []
@@ -123,6 +125,21 @@ def _check_memory(session: Session, request: Request) -> None:
             f"{request.memory} is there already, and libvirt would write the memory of domain "
             f"{name!r} over it",
             hint="choose another file",
+        )
+
+
+def _check_images(session: Session, request: Request) -> None:
+    """libvirt makes plain images over encrypted ones unless the snapshot's XML says otherwise."""
+    if not request.disk_only and request.memory is None:
+        return
+    top = [disk for disk in session.disks if not (disk.empty or disk.read_only)]
+    plain = [disk.target for disk in top if disk.top.encryption is not None]
+    if plain:
+        raise Unsupported(
+            f"what domain {session.adapter.name!r} has on {', '.join(plain)} is encrypted, and the "
+            "new image file that it would be written to would not be",
+            hint="take an internal snapshot; or use virsh snapshot-create, with an <encryption> "
+            "for the new image in the XML",
         )
 
 

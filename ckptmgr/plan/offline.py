@@ -51,17 +51,21 @@ def create(request: CreateRequest) -> Plan:
     told: tuple[Step, ...] = ()
     if request.tell_libvirt and request.disks:
         told = (CheckpointRedefine(request.name, request.redefinition),)
+    served = tuple(_served(disk) for disk in request.serve)
     serve: tuple[Step, ...] = ()
     release: tuple[Step, ...] = ()
     finish: tuple[Step, ...] = ()
     if request.serve:
-        serve = (ImagesServe(tuple(_served(disk) for disk in request.serve)),)
+        serve = (ImagesServe(served),)
         release = (ImagesRelease(),)
         finish = (*release, ImagesUnchanged())
     return Plan(
         EngineName.OFFLINE,
         steps=(
-            ImagesCheck(tuple((disk.target, top.image) for disk, top in tops)),
+            ImagesCheck(
+                tuple((disk.target, top.image) for disk, top in tops),
+                tuple((target, image) for target, image, _ in served),
+            ),
             *(
                 ImageBitmap(disk.target, top.image, "add", request.name, disk.granularity)
                 for disk, top in tops

@@ -4,7 +4,7 @@
 to have a private libvirt, ``Machine`` is a domain of one of them with its images.
 """
 
-from . import starts
+from . import luks, starts
 from .guest import Guest
 from .images import MIB, DiskSpec, await_greeting, rounded
 from .libvirts import Daemon, Embedded, Stand, StandError, System, private_mounts
@@ -26,6 +26,7 @@ __all__ = [
     "Workspace",
     "adopt",
     "await_greeting",
+    "luks",
     "private_mounts",
     "reap",
     "rounded",

@@ -24,6 +24,7 @@ class DiskSpec:
     device -- disk or cdrom; `empty`: a drive without a medium
     image -- use this image, made by the test, and make none
     volume -- name it by pool and volume
+    source_elements -- XML to go into <source>
     """
 
     target: str = "vda"
@@ -40,6 +41,7 @@ class DiskSpec:
     empty: bool = False
     image: Path | None = None
     volume: tuple[str, str] | None = None
+    source_elements: str = ""
 
     @property
     def on_bus(self) -> str:

@@ -101,10 +101,12 @@ def _disk_xml(disk: DiskSpec, image: Path | None) -> str:
     kind, source = "file", ""
     if disk.volume is not None:
         pool, volume = map(quoteattr, disk.volume)
-        kind, source = "volume", f"<source pool={pool} volume={volume}/>"
+        kind, source = "volume", f"<source pool={pool} volume={volume}>"
     elif image is not None:
         kind, name = ("block", "dev") if image.is_block_device() else ("file", "file")
-        source = f"<source {name}={quoteattr(str(image))}/>"
+        source = f"<source {name}={quoteattr(str(image))}>"
+    if source:
+        source += f"{disk.source_elements}</source>"
     wanted = {
         "readonly": disk.read_only,
         "shareable": disk.shareable,

@@ -10,9 +10,11 @@ class ImagesCheck:
     """See that images can be written and that nothing has them open, before any is changed.
 
     images -- (disk, path) each
+    served -- (disk, path) of those that are only read: where one is encrypted, its key is there
     """
 
     images: tuple[tuple[str, str], ...]
+    served: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         shown = ", ".join(dict.fromkeys(image for _, image in self.images))

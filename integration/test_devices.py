@@ -108,6 +108,30 @@ def test_qcow2_on_a_device_is_tracked_and_backed_up(
     assert machine.bitmaps("vda") == {}
 
 
+def test_a_bitmap_for_which_a_device_has_no_room_is_no_checkpoint(
+    make_vm: MakeMachine, tmp_path: Path
+) -> None:
+    """qemu-img reports success."""
+    size = 4 * MIB
+    with loop_device(tmp_path / "storage", size + 9 * 65536) as device:
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", device, str(size)], check=True)
+        backups = Backups(
+            make_vm([DiskSpec("vda", size=size, image=device)], state="stopped"), tmp_path
+        )
+        backups.machine.write("vda", 0, size)
+        with backups.domain() as domain:
+            domain.create("fits")
+            with pytest.raises(ckptmgr.OperationFailed, match="No space left on device") as raised:
+                domain.create("does-not")
+            assert "larger volume" in str(raised.value.hint)
+            assert [each.name for each in domain.checkpoints().checkpoints] == ["fits"]
+            assert not domain.diff("fits").disks[0].known
+            domain.repair()
+            assert domain.check() == ()
+        assert "does-not" not in backups.machine.bitmaps("vda")
+        backups.check(backups.take("read-whole", full=True, disks=("vda",)))
+
+
 def test_a_device_that_another_node_was_opened_of_is_in_use(
     make_vm: MakeMachine, qcow2: DiskSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

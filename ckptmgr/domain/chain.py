@@ -160,7 +160,14 @@ def ask(path: str, form: str) -> tuple[Layer, ...]:
         ) from None
     if done.returncode != 0:
         message = done.stderr.decode(errors="replace").strip().removeprefix("qemu-img: ")
-        raise OperationFailed(f"qemu-img cannot read {path}: {message}")
+        other = f"Image is not in {form} format" in message
+        raise OperationFailed(
+            f"qemu-img cannot read {path}: {message}",
+            hint=f"the domain's definition says {form}; if it holds a raw disk now, as after a "
+            "restore onto a device, change that: virsh edit"
+            if other
+            else None,
+        )
     return parse_chain(done.stdout.decode(errors="surrogateescape"))
 
 

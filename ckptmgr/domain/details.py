@@ -30,7 +30,7 @@ def described(disk: Disk, handle: Any, connection: Connection, *, active: bool) 
             disk = _with_chain(disk)
         disk = replace(disk, chain=tuple(images.described(image) for image in disk.chain))
         disk = replace(disk, size=disk.top.size)
-    if disk.size is None:
+    if disk.size is None and not (connection.local and _is_no_qcow2(disk.top)):
         disk = replace(disk, size=_capacity(disk, handle))
     return disk
 
@@ -64,6 +64,18 @@ def _with_chain(disk: Disk) -> Disk:
         return disk
     below = tuple(_image(layer) for layer in layers[len(disk.chain) :])
     return replace(disk, chain=disk.chain + below, chain_known=True)
+
+
+def _is_no_qcow2(image: Image) -> bool:
+    """Whether a local image is not the qcow2 that it is to be: libvirt would read a size out of
+    whatever there is (9.0).
+    """
+    if image.format != "qcow2" or image.path is None:
+        return False
+    try:
+        return images.read_header(image.path) is None
+    except OSError:
+        return False
 
 
 def _capacity(disk: Disk, handle: Any) -> int | None:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
+_LOST = "Lost persistent bitmaps"
+
 _KEY = "key"
 """Id of the object that gives a tool its key."""
 
@@ -125,6 +127,13 @@ def change_bitmap(step: ImageBitmap, key: bytes | None = None, *, alone: bool = 
     with _secret(key) as (secret, inherited):
         command = ["qemu-img", "bitmap", *secret, *options, "--", name, step.bitmap]
         code, said = _run(command, inherited)
+    if _LOST in said:
+        # It ends with 0 (7.2): the bitmaps were not stored when the image was closed.
+        raise OperationFailed(
+            f"{step} of disk {step.disk} failed, and bitmaps that it had may be lost: {said}",
+            hint="make room for the image, such as by a larger volume; `ckptmgr check` says what "
+            "is lost",
+        )
     if code == 0 or (step.missing_ok and "not found" in said and "Dirty bitmap" in said):
         return
     raise _failure(step, said)

@@ -205,8 +205,20 @@ class Machine:
         self.stand.workspace.record(self.pid)
 
     def start(self, *, paused: bool = True) -> None:
-        """Start the machine."""
-        self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
+        """Start the machine.
+
+        libvirt waits half a minute for what it has yet to do with one whose QEMU was just killed; a
+        machine with much other work may take longer.
+        """
+        deadline = time.monotonic() + patiently(120)
+        while True:
+            try:
+                self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
+                break
+            except libvirt.libvirtError as error:
+                late = error.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
+                if not late or time.monotonic() > deadline:
+                    raise
         self._record()
 
     def resume(self) -> None:

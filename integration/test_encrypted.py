@@ -179,12 +179,24 @@ def test_nothing_of_an_encrypted_disk_is_kept_in_plain_text_unasked(
         assert not backups.repository.exists()
         encrypted.machine.stop() if encrypted.machine.active else None
     with backups.domain() as domain:
-        with pytest.raises(ckptmgr.Unsupported, match="vda, vdb is encrypted, and the new image"):
-            domain.create_snapshot("s1", disk_only=True)
-        assert domain.snapshots() == ()
         assert domain.current() is None
     assert modes(backups.take("others", disks=("vdc",))) == {"vdc": "full"}
     assert holding(backups.repository, b"\x11" * 4096) == []
+
+
+def test_a_snapshot_that_would_be_plain_or_end_the_domain_is_refused(
+    encrypted: Encrypted, tmp_path: Path
+) -> None:
+    with Sealed(encrypted.machine, tmp_path).domain() as domain:
+        for options, why in (
+            ({"disk_only": True}, "the new image file that it would be written to would not be"),
+            ({"memory": str(tmp_path / "memory")}, "the new image file"),
+            ({}, "QEMU would end when it saves the memory"),
+        ):
+            with pytest.raises(ckptmgr.Unsupported, match=f"vda, vdb is encrypted, and {why}"):
+                domain.create_snapshot("s1", **options)
+        assert domain.snapshots() == ()
+    assert encrypted.machine.active
 
 
 def test_a_key_that_is_not_to_be_had_is_told_before_anything_is_touched(

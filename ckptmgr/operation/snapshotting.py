@@ -129,17 +129,28 @@ def _check_memory(session: Session, request: Request) -> None:
 
 
 def _check_images(session: Session, request: Request) -> None:
-    """libvirt makes plain images over encrypted ones unless the snapshot's XML says otherwise."""
-    if not request.disk_only and request.memory is None:
+    """Over encrypted images libvirt makes plain ones, unless the snapshot's XML says otherwise; and
+    QEMU (7.2) fails an assertion, which ends the domain, when it saves memory in one.
+    """
+    external = request.disk_only or request.memory is not None
+    if not (external or session.active):
         return
-    top = [disk for disk in session.disks if not (disk.empty or disk.read_only)]
-    plain = [disk.target for disk in top if disk.top.encryption is not None]
-    if plain:
+    targets = [
+        disk.target
+        for disk in session.disks
+        if not (disk.empty or disk.read_only) and disk.top.encryption is not None
+    ]
+    if targets:
+        why = (
+            "the new image file that it would be written to would not be"
+            if external
+            else "QEMU would end when it saves the memory of the domain there"
+        )
         raise Unsupported(
-            f"what domain {session.adapter.name!r} has on {', '.join(plain)} is encrypted, and the "
-            "new image file that it would be written to would not be",
-            hint="take an internal snapshot; or use virsh snapshot-create, with an <encryption> "
-            "for the new image in the XML",
+            f"what domain {session.adapter.name!r} has on {', '.join(targets)} is encrypted, and "
+            f"{why}",
+            hint="use virsh snapshot-create --disk-only, with an <encryption> for the new image in "
+            "the XML",
         )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from ckptmgr.backup.placement import Found, Kind, Place, Request, look, place, remarks
 from ckptmgr.errors import InvalidRequest
+from ckptmgr.qcow2 import Header
 
 from .repositories import SIZE, manifest, point_disk
 
@@ -102,6 +103,22 @@ def test_a_volume_is_known_by_what_it_is_whatever_it_is_called(tmp_path: Path) -
     assert (found[0].size, found[0].qcow2, found[0].block) == (1000, False, False)
     raw.write_bytes(b"QFI\xfb" + bytes(100))
     assert look(raw).qcow2
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"LUKS\xba\xbe\0\1" + bytes(600),
+        Header(1 << 20, encryption=2).pack(),
+        b"LUKS\xba\xbe\0\2" + bytes(600),
+    ],
+)
+def test_what_is_encrypted_is_not_replaced_by_what_is_not(tmp_path: Path, head: bytes) -> None:
+    volume = tmp_path / "volume"
+    volume.write_bytes(head + bytes(1 << 20))
+    found = look(volume)
+    with pytest.raises(InvalidRequest, match="is encrypted"):
+        place(POINT, Request("monday", onto={"vda": volume}), {"vda": found})
 
 
 def test_what_is_no_volume_is_refused(tmp_path: Path) -> None:

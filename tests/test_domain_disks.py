@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lxml import etree
 
 from ckptmgr.domain.definition import without_secrets
-from ckptmgr.domain.disk import Disk, Image
+from ckptmgr.domain.disk import Disk, Encryption, Image
 from ckptmgr.domain.disks import parse_capabilities, parse_disks
 from ckptmgr.domain.support import (
     Machine,
@@ -44,6 +44,30 @@ def test_a_live_domain_on_blockdev_as_libvirt_9_writes_it() -> None:
     assert found["sda"].empty
     assert found["sda"].read_only
     assert found["sda"].device == "cdrom"
+
+
+@pytest.mark.parametrize("where", ["source", "disk", "backing"])
+def test_encryption_is_found_wherever_libvirt_writes_it(where: str) -> None:
+    """In the disk, as before libvirt 3.9, in its source, or in that of a backing file."""
+    said = "<encryption format='luks'><secret type='passphrase' {}/></encryption>".format
+    parts = {"source": "", "disk": "", "backing": "", where: said("uuid='u'")}
+    (found,) = parse_disks(
+        "<domain><devices><disk type='file'><driver type='qcow2'/>"
+        f"<source file='/top'>{parts['source']}</source>{parts['disk']}"
+        "<backingStore type='file'><format type='raw'/>"
+        f"<source file='/base'>{parts['backing']}</source></backingStore>"
+        "<target dev='vda'/></disk></devices></domain>"
+    )
+    keyed = Encryption("luks", ("uuid", "u"))
+    expected = (None, keyed) if where == "backing" else (keyed, None)
+    assert tuple(image.encryption for image in found.chain) == expected
+    assert found.encrypted
+    (named,) = parse_disks(
+        "<domain><devices><disk type='file'><source file='/top'>"
+        + said("usage='/top'")
+        + "</source><target dev='vda'/></disk></devices></domain>"
+    )
+    assert named.top.encryption == Encryption("luks", ("usage", "/top"))
 
 
 def test_every_source_type_has_a_name_and_only_local_ones_a_path() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ckptmgr.errors import BitmapBroken, CheckpointExists, InvalidRequest, Unsupported
@@ -11,6 +13,7 @@ from ckptmgr.plan.request import (
     DeleteRequest,
     ReadDisk,
     ReadRequest,
+    ServeDisk,
     UndoRequest,
 )
 from ckptmgr.plan.steps import (
@@ -18,6 +21,8 @@ from ckptmgr.plan.steps import (
     CheckpointRedefine,
     ImageBitmap,
     ImagesCheck,
+    ImagesRelease,
+    ImagesUnchanged,
     ReadImageMap,
 )
 from tests.plan_examples import bitmap, disk, layer
@@ -63,6 +68,17 @@ def test_an_image_that_cannot_keep_bitmaps_is_refused():
     for persistent in (True, False):
         with pytest.raises(Unsupported, match="vda"):
             planner.create(request(CreateDisk("vda", persistent=persistent, layers=raw)))
+
+
+def test_only_what_succeeded_is_seen_to_have_been_left_alone():
+    """To take a create back must not fail because somebody wrote to what it had read."""
+    made = request(CreateDisk("vda", layers=disk("vda", layer(1))))
+    plan = planner.create(replace(made, serve=(ServeDisk("vda", "/img/1.qcow2", "qcow2"),)))
+    assert plan.steps[0].served == (("vda", "/img/1.qcow2"),)
+    assert plan.finish == (ImagesRelease(), ImagesUnchanged())
+    assert plan.release == (ImagesRelease(),)
+    assert plan.undo[0] == ImagesRelease()
+    assert ImagesUnchanged() not in plan.undo
 
 
 def test_a_bitmap_of_the_name_in_any_layer_refuses_the_checkpoint():

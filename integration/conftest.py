@@ -151,6 +151,8 @@ def _belongs(item: pytest.Item, stand: str) -> bool:
     needs = set(getattr(item, "fixturenames", ()))
     if "other_host" in needs or "CKPTMGR_TEST_OTHER_HOST" in os.environ:
         return "other_host" in needs and "CKPTMGR_TEST_OTHER_HOST" in os.environ
+    if "sample" in needs:
+        return stand == "embedded" and "CKPTMGR_TEST_SAMPLE" in os.environ
     if needs & {"throw_away_user", "session"}:
         return stand == "daemon" and ("session" in needs) == (os.geteuid() != 0)
     if stand == "embedded":

@@ -17,6 +17,7 @@ from ckptmgr.domain.failure import classify, ours
 from ckptmgr.domain.freezing import frozen
 from ckptmgr.domain.marker import Marker, format_marker, parse_marker
 from ckptmgr.domain.monitor import CommandFailed, parse_answer
+from ckptmgr.engine.monitor import refusal
 from ckptmgr.errors import (
     BitmapBroken,
     Busy,
@@ -131,6 +132,19 @@ def test_libvirts_errors_become_ours(
     assert error.message == f"creating c1 failed for domain 'vm': {text}"
     if isinstance(error, BitmapBroken):
         assert error.disk == "vda"
+
+
+def test_whoever_is_denied_a_socket_is_told_what_denies_and_what_to_allow() -> None:
+    """By libvirt's backup job and by the monitor: the text is QEMU's."""
+    refused = "Failed to bind socket to /srv/s/vm.sock: Permission denied"
+    answer = '{"error":{"class":"GenericError","desc":"' + refused + '"}}'
+    with pytest.raises(CommandFailed) as caught:
+        parse_answer(answer, "nbd-server-start", "vm")
+    passed_on = f"internal error: unable to execute QEMU command 'nbd-server-start': {refused}"
+    for error in (refusal(caught.value), ours(1, 10, passed_on, what="x", domain="vm")):
+        assert type(error) is OperationFailed
+        for word in ("socket_directory", "AppArmor", "journalctl -k"):
+            assert word in str(error.hint)
 
 
 # --- the monitor ---------------------------------------------------------------------------------

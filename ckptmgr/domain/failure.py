@@ -81,11 +81,23 @@ _BROKEN_TEXTS = (
     re.compile(r"bitmap '[^']*' not found in backing chain of '([^']*)'"),
     re.compile(r"Bitmaps are of different sizes()"),  # of which disk, QEMU does not say
 )
+_FORBIDDEN = re.compile(r"Failed to bind socket to .*: Permission denied")
 _HINTS: dict[type[CkptmgrError], str] = {
     ReadOnlyConnection: "open the connection for writing, which is without --readonly",
     Busy: "try again when the job is done; `virsh domjobinfo DOMAIN` shows it",
     ConnectionFailed: "check the URI and that libvirt's daemon is running",
 }
+
+
+def hint_of(text: str) -> str | None:
+    """What the user can do about what QEMU refused; `text` is its own, whoever passes it on."""
+    if _FORBIDDEN.search(text):
+        return (
+            "QEMU may not make a socket there: leave socket_directory out of ckptmgr.toml, or have "
+            "QEMU's user, and AppArmor or SELinux, allow it there (`journalctl -k` shows what they "
+            "denied)"
+        )
+    return None
 
 
 def classify(code: int, origin: int, text: str) -> type[CkptmgrError]:
@@ -115,7 +127,7 @@ def ours(
     chosen = classify(code, origin, text)
     of = f" for domain {domain!r}" if domain is not None else ""
     message = f"{what} failed{of}: {text}"
-    hint = _HINTS.get(chosen)
+    hint = _HINTS.get(chosen) or hint_of(text)
     if chosen is BitmapBroken:
         found = next((match for broken in _BROKEN_TEXTS if (match := broken.search(text))), None)
         return BitmapBroken(message, disk=(found[1] or None) if found else None, hint=hint)

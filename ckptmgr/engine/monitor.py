@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoint import EngineName
 from ..domain.adapter import DomainAdapter
+from ..domain.failure import hint_of
 from ..domain.monitor import CommandFailed
 from ..errors import (
     BitmapBroken,
@@ -179,15 +180,29 @@ class MonitorEngine:
     # --- scratch files ---
 
     def _add_scratch(self, scratch: Scratch) -> None:
-        """Have QEMU make the file, which then belongs to whom QEMU runs as."""
+        """Have QEMU make the file, which then belongs to whom QEMU runs as.
+
+        AppArmor lets QEMU read and write any file in libvirt's folder of the domain, but lock none,
+        and blockdev-create locks the files that it makes.  So it is made by what else makes one,
+        empty: the command that saves memory, of no bytes.
+        """
         image = self._nodes()[scratch.node]["image"]
         storage = f"{STORAGE_PREFIX}{scratch.disk}"
-        self._create({"driver": "file", "filename": scratch.file, "size": 0})
-        self._command(
-            "blockdev-add", driver="file", filename=scratch.file, **{"node-name": storage}
-        )
-        size = image["virtual-size"]
-        self._create({"driver": "qcow2", "file": storage, "size": size})
+        try:
+            self._command("pmemsave", val=0, size=0, filename=scratch.file)
+            self._command(
+                "blockdev-add",
+                driver="file",
+                filename=scratch.file,
+                locking="off",
+                **{"node-name": storage},
+            )
+            self._create({"driver": "qcow2", "file": storage, "size": image["virtual-size"]})
+        except OperationFailed as error:
+            raise OperationFailed(
+                f"QEMU cannot make a scratch file: {error}",
+                hint="socket_directory in ckptmgr.toml names another folder for them",
+            ) from error
         arguments = {"node-name": scratch.name, "file": storage, "backing": scratch.node}
         self._command("blockdev-add", driver="qcow2", **arguments)
 
@@ -197,10 +212,7 @@ class MonitorEngine:
         self._command("blockdev-create", **{"job-id": CREATION}, options=options)
         error = self._end_creation()
         if error is not None:
-            raise OperationFailed(
-                f"QEMU cannot make a scratch file: {error}",
-                hint="socket_directory in ckptmgr.toml names another folder for them",
-            )
+            raise OperationFailed(error)
 
     def _end_creation(self) -> str | None:
         """Wait for the job that makes a file, also that of a process that was killed meanwhile.
@@ -273,7 +285,7 @@ def refusal(error: CommandFailed) -> CkptmgrError:
         return BitmapBroken(error.message)
     if text.startswith("Bitmap") and ("inconsistent" in text or "different sizes" in text):
         return BitmapBroken(error.message)
-    return OperationFailed(error.message)
+    return OperationFailed(error.message, hint=hint_of(text))
 
 
 def _not_writable(ref: BitmapRef, said: str) -> CkptmgrError:

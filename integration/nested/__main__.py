@@ -142,7 +142,10 @@ def on_one_host(workspace: Workspace, image: Image, options: argparse.Namespace)
             host.interact()
             return True
         quieten(host)
-        passed = [tests(host, patience, stand, options.pytest) for stand in ("embedded", "daemon")]
+        sample = "CKPTMGR_TEST_SAMPLE=web"
+        passed = [
+            tests(host, patience, stand, options.pytest, sample) for stand in ("embedded", "daemon")
+        ]
         host.pull(RESULTS, options.results)
         summary(host, options.results)
         return all(passed)

@@ -68,6 +68,15 @@ def standstill(adapter: DomainAdapter) -> Standstill:
         return Standstill(fresh.ID(), state, reason)
 
 
+def has_let_go(adapter: DomainAdapter) -> bool:
+    """Whether the QEMU of a paused domain has put the bitmaps into the images, and has none now.
+
+    So it ends a migration, and libvirt migrates the memory of an external snapshot to its file; a
+    domain that was paused before stays like that until it runs.  Only the monitor tells.
+    """
+    return adapter.monitor.command("query-status")["status"] in ("finish-migrate", "postmigrate")
+
+
 def pause(adapter: DomainAdapter) -> None:
     """Stop the guest; nothing is written by it until `resume`."""
     with translate("pausing the domain", adapter.name):

@@ -6,8 +6,11 @@ import logging
 from dataclasses import replace
 
 from ..checkpoint import EngineName
-from ..errors import CkptmgrError, ConnectionFailed, StoreDamaged, StoreFailed
+from ..domain.power import has_let_go, state
+from ..domain.snapshots import snapshots
+from ..errors import CkptmgrError, ConnectionFailed, OperationFailed, StoreDamaged, StoreFailed
 from ..plan.steps import CheckpointDelete
+from ..snapshot import Kind
 from ..store import Intent, Loaded
 from . import archive, creation, deletion, replacement, reversion
 from .noticing import notice
@@ -21,10 +24,32 @@ def settled(session: Session) -> Loaded:
     """What the store has when all that was left behind is settled; to be called under the lock.
 
     That is an interrupted operation, a domain that was to stand still for a moment only, and a
-    domain that went back in time.
+    domain that went back in time.  Raises OperationFailed while QEMU has none of its bitmaps.
     """
     settle(session)
-    return notice(session, go_on(session, session.loaded()))
+    loaded = go_on(session, session.loaded())
+    _require_bitmaps(session)
+    return notice(session, loaded)
+
+
+def _require_bitmaps(session: Session) -> None:
+    """The new images of such a snapshot have empty bitmaps, and those below seem to have none.
+
+    libvirt takes that for "nothing was written".  Asking QEMU taints the domain, so it is asked
+    only where there is such a snapshot.
+    """
+    adapter = session.adapter
+    if (
+        session.active
+        and state(adapter) == "paused"
+        and any(found.memory is Kind.EXTERNAL for found in snapshots(adapter))
+        and has_let_go(adapter)
+    ):
+        raise OperationFailed(
+            f"domain {adapter.name!r} was paused when a snapshot with its memory was taken: its "
+            "QEMU has let go of the images and their bitmaps, until the domain runs",
+            hint=f"let it run: `virsh resume {adapter.name}`",
+        )
 
 
 def settle(session: Session) -> None:

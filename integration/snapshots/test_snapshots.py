@@ -94,6 +94,24 @@ def test_external_snapshots(make: MakeBranches, memory: bool, cell: Cell) -> Non
     goes_on(scene, "later", 8)
 
 
+@releases_if_long
+def test_bitmaps_that_qemu_has_let_go_of_are_not_taken_for_empty(make: MakeBranches) -> None:
+    """A paused domain whose memory went to a file: its QEMU has none until it runs again."""
+    scene = make()
+    scene.create("c1")
+    scene.scatter(1)
+    _external(scene, "e1", memory=True)
+    domain = scene.domain
+    for act in (lambda: domain.diff("c1"), lambda: domain.create("c2")):
+        with pytest.raises(OperationFailed, match="let go of the images") as caught:
+            act()
+        assert "virsh resume" in str(caught.value.hint)
+    scene.machine.domain.resume()
+    scene.scatter(2)
+    sound(scene)
+    goes_on(scene, "later", 3)
+
+
 def externals_revert(scene: Branches) -> bool:
     """Whether this libvirt reverts to external snapshots: 9.9 and later do."""
     return bool(scene.machine.stand.handle.getLibVersion() >= 9_009_000)

@@ -28,15 +28,16 @@ def settled(session: Session) -> Loaded:
     """
     settle(session)
     loaded = go_on(session, session.loaded())
-    _require_bitmaps(session)
+    require_bitmaps(session)
     return notice(session, loaded)
 
 
-def _require_bitmaps(session: Session) -> None:
-    """The new images of such a snapshot have empty bitmaps, and those below seem to have none.
+def require_bitmaps(session: Session) -> None:
+    """Raises OperationFailed where QEMU has let go of the bitmaps for a snapshot with the memory.
 
-    libvirt takes that for "nothing was written".  Asking QEMU taints the domain, so it is asked
-    only where there is such a snapshot.
+    The new images of such a snapshot have empty ones, and those below seem to have none: libvirt
+    takes that for "nothing was written".  Asking QEMU taints the domain, so it is asked only where
+    there is such a snapshot.
     """
     adapter = session.adapter
     if (

@@ -33,7 +33,7 @@ from ..plan.libvirt import forget
 from ..plan.steps import BackupEnd, CheckpointRedefine, Plan, Step
 from . import adoption, archive, noticing, projection
 from .examination import observe_all
-from .recovery import settle
+from .recovery import require_bitmaps, settle
 from .session import Session
 
 log = logging.getLogger("ckptmgr")
@@ -74,6 +74,7 @@ def repair(session: Session, *, foreign: bool) -> tuple[Finding, ...]:
     met: dict[Finding, None] = {}
     tried: set[Finding] = set()
     with session.store.lock(session.settings.lock_timeout):
+        require_bitmaps(session)
         for _ in range(ROUNDS):
             session = session.renewed()
             found = examine(observe_all(session))

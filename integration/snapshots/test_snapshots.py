@@ -102,7 +102,7 @@ def test_bitmaps_that_qemu_has_let_go_of_are_not_taken_for_empty(make: MakeBranc
     scene.scatter(1)
     _external(scene, "e1", memory=True)
     domain = scene.domain
-    for act in (lambda: domain.diff("c1"), lambda: domain.create("c2")):
+    for act in (lambda: domain.diff("c1"), lambda: domain.create("c2"), domain.repair):
         with pytest.raises(OperationFailed, match="let go of the images") as caught:
             act()
         assert "virsh resume" in str(caught.value.hint)

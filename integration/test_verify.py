@@ -111,11 +111,13 @@ def test_an_image_that_cannot_be_read_is_named_with_all_that_stands_on_it(
     )
     rule = {"event": "none", "iotype": "read", "sector": at // 512 + 3, "errno": errno.EIO}
 
-    def name(path: str, driver: str = "qcow2", **options: Any) -> str:
-        file: dict[str, Any] = {"driver": "file", "filename": path}
+    usual = qemu_img.image_name
+
+    def name(path: str, *arguments: Any, **options: Any) -> str:
+        named = json.loads(usual(path, *arguments, **options).removeprefix("json:"))
         if Path(path) == image:
-            file = {"driver": "blkdebug", "image": file, "inject-error": [rule]}
-        return "json:" + json.dumps({"driver": driver, "file": file, **options})
+            named["file"] = {"driver": "blkdebug", "image": named["file"], "inject-error": [rule]}
+        return "json:" + json.dumps(named)
 
     monkeypatch.setattr(qemu_img, "image_name", name)
     shutil.rmtree(kept.lineage.path / "sa")

@@ -16,7 +16,7 @@ import contextlib
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from errno import EACCES, ECONNREFUSED, ECONNRESET, ENOENT, EPERM, EPIPE
+from errno import EACCES, ECONNREFUSED, ECONNRESET, EINVAL, ENOENT, EPERM, EPIPE
 from typing import TYPE_CHECKING
 
 import nbd
@@ -53,6 +53,10 @@ _FAREWELL = 2.0
 # ENOENT: no socket, or no such export.  A qemu-nbd that cannot open its image has its socket
 # before it finds that out; `check` then tells why.
 _NOT_YET = (ENOENT, ECONNREFUSED, ECONNRESET, EPIPE)
+
+# What nbd_poll(3) says of a server that went before libnbd first looked at the connection: it calls
+# nbd_aio_notify_read, for which it is too early (generator/states-connect.c, CONNECT.START).
+_GONE_AT_ONCE = EINVAL
 
 _PAUSE = 0.005
 
@@ -184,7 +188,8 @@ def connect(
                     f"{error.string}",
                     hint="run as root or as the user that QEMU runs as",
                 ) from error
-            if error.errnum not in _NOT_YET or time.monotonic() > deadline:
+            early = error.errnum == _GONE_AT_ONCE and handle.aio_is_connecting()
+            if not (early or error.errnum in _NOT_YET) or time.monotonic() > deadline:
                 raise
             check()
             time.sleep(_PAUSE)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import socket
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
@@ -8,7 +11,8 @@ from hypothesis import strategies as st
 
 nbd = pytest.importorskip("nbd")
 
-from ckptmgr.nbd import dirty_map, join  # noqa: E402
+import ckptmgr.nbd  # noqa: E402
+from ckptmgr.nbd import ALLOCATION, connect, dirty_map, join  # noqa: E402
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -67,3 +71,24 @@ def test_a_map_says_exactly_what_was_read(granularity, pieces):
     runs = ((n * 4096, min(4096, size - n * 4096), n in dirty) for n in range(201))
     extents = list(join(runs))
     assert list(dirty_map(granularity, size, extents).extents()) == extents
+
+
+def test_a_server_that_goes_at_once_is_looked_after_as_one_that_never_came(monkeypatch):
+    class Ended(Exception):
+        pass
+
+    def check() -> None:
+        raise Ended
+
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(Path(folder, "nbd.sock")))
+        listener.listen()
+        begin = ckptmgr.nbd._begin
+
+        def begin_and_lose(handle, server):
+            begin(handle, server)
+            listener.close()
+
+        monkeypatch.setattr(ckptmgr.nbd, "_begin", begin_and_lose)
+        with pytest.raises(Ended):
+            connect(str(Path(folder, "nbd.sock")), "", "vda", ALLOCATION, check=check)

@@ -52,6 +52,15 @@ class Backups:
     def contents(self) -> dict[str, bytes]:
         return {disk.target: self.machine.contents(disk.target) for disk in self.machine.disks}
 
+    def crash(self) -> None:
+        """Start the machine, kill its QEMU, and repair what that leaves of the bitmaps."""
+        self.machine.start()
+        self.machine.kill()
+        with self.domain() as domain:
+            assert {each.code for each in domain.check()} == {"inconsistent-bitmap"}
+            domain.repair()
+            assert domain.check() == ()
+
     def io(self, target: str, command: str) -> None:
         """Something that the device does, in the words of qemu-io."""
         device = self.machine.device(target)

@@ -21,6 +21,7 @@ from lxml import etree
 
 from .errors import InvalidDocument, InvalidRequest
 from .marker import Marker, parse_marker
+from .volume import volume_name
 from .xml import NAMESPACE, parse, to_text
 
 NAME_MAX = 200
@@ -126,15 +127,10 @@ def _images(root: etree._Element) -> Iterator[DiskImage]:
         # A medium that is missing is for libvirt's startupPolicy to judge.
         kept = disk.get("device", "disk") in ("disk", "lun")
         if kept and target is not None and source is not None:
-            path = source.get("file") or source.get("dev") or _volume(source)
+            path = source.get("file") or source.get("dev") or volume_name(source)
             if path:
                 form = None if driver is None else driver.get("type")
                 yield DiskImage(str(target.get("dev")), path, form)
-
-
-def _volume(source: etree._Element) -> str | None:
-    pool, volume = source.get("pool"), source.get("volume")
-    return f"volume:{pool}/{volume}" if pool and volume else None
 
 
 def _marker(root: etree._Element) -> Marker | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OperationFailed
+from ..volume import parse_volume_name
 from . import images, nodes
 from .binding import libvirt
 from .chain import read_chain
@@ -37,9 +38,10 @@ def described(disk: Disk, handle: Any, connection: Connection, *, active: bool) 
 
 def located(image: Image, connection: Connection) -> Image:
     """A volume under the path that its pool gives it, as the layers of chains are named, too."""
-    if image.type != "volume" or image.path is not None:
+    named = parse_volume_name(image.source) if image.type == "volume" else None
+    if named is None or image.path is not None:
         return image
-    pool, _, volume = image.source.removeprefix("volume:").partition("/")
+    pool, volume = named
     try:
         path = connection.handle.storagePoolLookupByName(pool).storageVolLookupByName(volume).path()
     except libvirt.libvirtError as error:

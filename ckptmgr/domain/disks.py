@@ -23,6 +23,7 @@ from dataclasses import replace
 from lxml import etree
 
 from ..errors import InvalidDocument
+from ..volume import volume_name
 from ..xml import parse
 from .disk import Disk, Encryption, Image
 
@@ -159,8 +160,7 @@ def _names(kind: str, source: etree._Element) -> tuple[str | None, str | None]:
         case "network":
             return _network(source), None
         case "volume":
-            pool, volume = get("pool"), get("volume")
-            return (f"volume:{pool}/{volume}" if pool and volume else None), None
+            return volume_name(source), None
         case "nvme":
             address = source.find("address")
             if address is None:

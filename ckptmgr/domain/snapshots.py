@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import NoSnapshot
 from ..snapshot import DiskImage, Snapshot, parse_snapshot, with_state
+from ..volume import parse_volume_name
 from .adapter import DomainAdapter
 from .binding import libvirt
 from .details import located
@@ -56,7 +57,7 @@ def _read(adapter: DomainAdapter, found: Any) -> Snapshot:
 
 def _located(adapter: DomainAdapter, image: DiskImage) -> DiskImage | None:
     """None for a volume that is on no path."""
-    if not image.path.startswith("volume:"):
+    if parse_volume_name(image.path) is None:
         return image
     path = located(Image("volume", image.path), adapter.connection).path
     return None if path is None else replace(image, path=path)

@@ -16,10 +16,10 @@ import pytest
 
 from ckptmgr.checkpoint import EngineName
 from ckptmgr.engine.qemu_img import check_free
-from ckptmgr.errors import Busy
 from integration.conftest import MakeMachine
 from integration.stand import MIB, Daemon, Stand
 from integration.stand.patience import patiently
+from integration.stand.workspace import birth
 
 from .driver import DISKS, LIBVIRT, MONITOR, Driver, extents
 
@@ -124,24 +124,10 @@ def test_nothing_listens_on_after_its_reader_was_killed(tmp_path: Path) -> None:
     reader.wait()
     reader.stdout.close()
     deadline = time.monotonic() + patiently(20)
-    while alive(pid) or not is_free(image):  # other threads of it may end a little later
+    while birth(pid) is not None:
         assert time.monotonic() < deadline, "qemu-nbd goes on"
         time.sleep(0.02)
-
-
-def is_free(image: Path) -> bool:
-    try:
-        check_free("vda", str(image))
-    except Busy:
-        return False
-    return True
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    check_free("vda", str(image))
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["at work", "being started"])

@@ -24,6 +24,7 @@ from ckptmgr.store import Store
 from integration.evidence import bitmaps, known, wipe
 from integration.stand import MIB, Daemon, DiskSpec, Machine, rounded
 from integration.stand.patience import patiently
+from integration.stand.workspace import birth
 
 from .boundaries import Victim
 from .warm import Outcome, Task, Warm
@@ -353,11 +354,7 @@ def wait_until(done: Callable[[], bool], otherwise: str) -> None:
 
 def runs(pid: int) -> bool:
     """Whether the process is there and has not ended."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
+    return birth(pid) is not None
 
 
 def orphans() -> list[int]:
@@ -367,8 +364,7 @@ def orphans() -> list[int]:
         with contextlib.suppress(OSError):
             head, _, tail = stat.read_text().rpartition(")")
             pid, _, name = head.partition(" (")
-            state, parent = tail.split()[:2]
-            ours = int(parent) == os.getpid() and int(pid) not in Warm.pids and state != "Z"
-            if ours and name.startswith(("qemu-img", "qemu-nbd", "python")):
+            ours = int(tail.split()[1]) == os.getpid() and int(pid) not in Warm.pids
+            if ours and name.startswith(("qemu-img", "qemu-nbd", "python")) and runs(int(pid)):
                 found.append(int(pid))
     return found

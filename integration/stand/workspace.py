@@ -32,13 +32,18 @@ _KINDS = ("libvirtd", "qemu-")
 
 
 def birth(pid: int) -> str | None:
-    """When process `pid` started, in clock ticks since boot; None if it has ended."""
+    """When process `pid` started, in clock ticks since boot; None if it has ended.
+
+    It has not while one of its threads is left, which keeps its files open and locked: the first
+    one may be a zombie long before (proc(5): state, num_threads).
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]
+    state, threads, started = fields[0], int(fields[17]), fields[19]
+    return None if state in "ZX" and threads <= 1 else started
 
 
 def _boot() -> str:

@@ -82,6 +82,8 @@ class Branches:
     at -- the current checkpoint
     recording -- checkpoints whose bitmaps are there
     loose -- intervals may have more in them than was written (block jobs copy)
+    misled -- libvirt's hook was told of a revert that has failed since: it takes the next start for
+        the one that belongs to it, and the bitmaps out
     """
 
     def __init__(self, machine: Machine, store: Path, engine: str = "auto") -> None:
@@ -94,6 +96,7 @@ class Branches:
         self.at: str | None = None
         self.recording: set[str] = set()
         self.loose = False
+        self.misled = False
         self._since: Granules = {}
         self._lost = False
         self._gone: dict[str, str | None] = {}
@@ -124,6 +127,9 @@ class Branches:
             ):
                 time.sleep(1)
             self.machine.start()
+            if self.misled:
+                self.misled = False
+                self._unrecorded()
 
     def look(self) -> None:
         """Find the disks' top images and devices anew, and read every byte."""
@@ -265,6 +271,7 @@ class Branches:
         kept = self.snapshots[name]
         self._leave()
         self.find()
+        self.misled &= not self.machine.active
         self._are_disks_again()
         self.now = {target: bytearray(held) for target, held in kept.held.items()}
         self.require_bytes()
@@ -341,11 +348,14 @@ class Branches:
 
     def crashed(self) -> None:
         """QEMU was killed: what its bitmaps had is lost, and what was not flushed, too."""
+        self._unrecorded()
+        self.look()
+
+    def _unrecorded(self) -> None:
         self._lost = True
         self.recording.clear()
         if self.at is not None:
             self.points[self.at].during_lost = True
-        self.look()
 
     def deleted(self, name: str) -> None:
         """A checkpoint was deleted."""

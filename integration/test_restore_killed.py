@@ -19,8 +19,8 @@ from ckptmgr.consistency import Unfinished
 from ckptmgr.store import Store
 from integration.conftest import MakeMachine
 from integration.kill.boundaries import END, Boundaries, Victim
-from integration.kill.scene import orphans, runs, wait_until
-from integration.stand import Daemon, DiskSpec, Machine
+from integration.kill.scene import await_orphans, orphans
+from integration.stand import Daemon, DiskSpec, Machine, await_rest
 from integration.test_backup import Backups, disk_in
 from tests.restorable import content, restorable
 
@@ -58,9 +58,12 @@ def victim(how: str, number: str, repository: str, point: str, *rest: str) -> No
         boundaries.end()
 
 
-def killed(*arguments: object) -> str:
-    """Restore and be killed, see `victim`; returns where that was."""
-    before = set(orphans())
+def killed(*arguments: object, daemon: Daemon | None = None) -> str:
+    """Restore and be killed, see `victim`; returns where that was.
+
+    daemon -- that goes on with what it was asked
+    """
+    before = orphans()
     done = subprocess.run(
         [sys.executable, "-m", __name__, *map(str, arguments)],
         capture_output=True,
@@ -70,17 +73,19 @@ def killed(*arguments: object) -> str:
         timeout=300,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    # A qemu-img that was begun goes on to its end, and may not have begun with the image yet.
-    left = set(orphans()) - before
-    wait_until(lambda: not any(map(runs, left)), "a killed process left others running")
+    await_orphans(before)
+    if daemon is not None:
+        await_rest(daemon.pid)
     return done.stdout.strip()
 
 
-def strike(backups: Backups, point: str, number: int, disks: tuple[str, ...]) -> str:
+def strike(
+    daemon: Daemon, backups: Backups, point: str, number: int, disks: tuple[str, ...]
+) -> str:
     """Restore in place and kill; returns where that was."""
     machine = backups.machine
     where = (backups.repository, point, machine.uri, backups.store, machine.name)
-    return killed("in place", number, *where, *disks)
+    return killed("in place", number, *where, *disks, daemon=daemon)
 
 
 def contents(machine: Machine) -> dict[str, bytes]:
@@ -132,7 +137,7 @@ def test_killed_at_any_step_it_is_settled_by_what_is_there(
         with backups.domain() as domain:
             current = domain.current()
         assert current is not None
-        where = strike(backups, point, number, disks)
+        where = strike(daemon, backups, point, number, disks)
         seen.append(where)
         done = where == END
         with backups.domain() as domain:
@@ -236,6 +241,7 @@ def test_killed_while_a_domain_is_made_it_is_taken_back_or_completed(
             number,
             *(backups.repository, "monday", machine.uri, backups.store, machine.name),
             *(new, folder, "flatten" if flatten else ""),
+            daemon=daemon,
         )
         seen.append(where)
         defined = new in [each.name() for each in daemon.handle.listAllDomains()]

@@ -17,7 +17,7 @@ import pytest
 from ckptmgr.checkpoint import EngineName
 from ckptmgr.engine.qemu_img import check_free
 from integration.conftest import MakeMachine
-from integration.stand import MIB, Daemon, Stand
+from integration.stand import MIB, Daemon, Stand, await_rest
 from integration.stand.patience import patiently
 from integration.stand.workspace import birth
 
@@ -210,6 +210,7 @@ def test_a_create_killed_at_any_instant_can_be_taken_back(
         process.wait()
         process.stdin.close()
         process.stdout.close()
+        await_rest(daemon.pid)
         driver.engine.run(driver.undo_later("c1"))
         assert driver.bitmaps() == before, f"killed after {delay} s"
         assert driver.known() == known

@@ -10,8 +10,9 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 
 import libvirt
@@ -22,7 +23,7 @@ from ckptmgr.consistency import Finding
 from ckptmgr.manager import Domain, Host
 from ckptmgr.store import Store
 from integration.evidence import bitmaps, known, wipe
-from integration.stand import MIB, Daemon, DiskSpec, Machine, rounded
+from integration.stand import MIB, Daemon, DiskSpec, Machine, await_rest, rounded
 from integration.stand.patience import patiently
 from integration.stand.workspace import birth
 
@@ -232,15 +233,16 @@ class Scene:
         if victim is Victim.LIBVIRTD:
             pids["libvirtd"] = self.daemon.pid
         parts = {**vars(task), "victim": victim.value, "point": point}
-        before = set(orphans())
+        before = orphans()
+        alive = {pid: birth(pid) for pid in pids.values()}
         outcome = self.warm.run(Task(**{**parts, "pids": pids, "steps_only": steps_only}))
         # QEMU lets go of its images at its very end, after its monitor; a qemu-img that was begun
         # goes on to its end, whoever is killed.
-        wait_until(lambda: not any(map(runs, pids.values())), "who was killed has not ended")
+        wait_until(lambda: not any(starmap(runs, alive.items())), "who was killed has not ended")
         if self.shape.engine is EngineName.OFFLINE:
-            # Now, for the other lane begins programs as well.
-            left = set(orphans()) - before
-            wait_until(lambda: not any(map(runs, left)), "a killed process left others running")
+            await_orphans(before)
+        if victim in (Victim.PROCESS, Victim.HOST):
+            await_rest(self.daemon.pid)
         return outcome
 
     def restart(self, victim: Victim) -> None:
@@ -352,19 +354,30 @@ def wait_until(done: Callable[[], bool], otherwise: str) -> None:
         time.sleep(0.002)
 
 
-def runs(pid: int) -> bool:
-    """Whether the process is there and has not ended."""
-    return birth(pid) is not None
+def runs(pid: int, since: str | None) -> bool:
+    """Whether the process is there that was born then, and has not ended."""
+    return since is not None and birth(pid) == since
 
 
-def orphans() -> list[int]:
-    """Our children that run QEMU's tools, or are about to."""
-    found = []
+def await_orphans(before: Mapping[int, str]) -> None:
+    """Wait for what a killed process left running, by the orphans that there were before.
+
+    A qemu-img that was begun goes on to its end, and may not have begun with the image yet.
+    """
+    left = [each for each in orphans().items() if each not in before.items()]
+    wait_until(lambda: not any(starmap(runs, left)), "a killed process left others running")
+
+
+def orphans() -> dict[int, str]:
+    """Our children that run QEMU's tools, or are about to, and when they were born."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             head, _, tail = stat.read_text().rpartition(")")
             pid, _, name = head.partition(" (")
             ours = int(tail.split()[1]) == os.getpid() and int(pid) not in Warm.pids
-            if ours and name.startswith(("qemu-img", "qemu-nbd", "python")) and runs(int(pid)):
-                found.append(int(pid))
+            if ours and name.startswith(("qemu-img", "qemu-nbd", "python")):
+                since = birth(int(pid))
+                if since is not None:
+                    found[int(pid)] = since
     return found

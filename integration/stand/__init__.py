@@ -10,6 +10,7 @@ from .images import MIB, DiskSpec, await_greeting, rounded
 from .libvirts import Daemon, Embedded, Stand, StandError, System, private_mounts
 from .machine import Machine
 from .orphans import adopt
+from .rest import await_rest
 from .scratch import scratch
 from .workspace import Workspace, reap
 
@@ -26,6 +27,7 @@ __all__ = [
     "Workspace",
     "adopt",
     "await_greeting",
+    "await_rest",
     "luks",
     "private_mounts",
     "reap",

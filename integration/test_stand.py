@@ -195,7 +195,7 @@ def test_rounded_merges_and_clips() -> None:
 
 
 def test_the_accelerator_trial_tells_a_guest_that_runs_from_one_that_does_not() -> None:
-    assert runs("tcg", seconds=30)
+    assert runs("tcg", seconds=patiently(30))
     assert not runs("tcg", seconds=0.01)
     assert not runs("no-such-accelerator", seconds=5)
 
@@ -274,7 +274,7 @@ def test_nothing_is_left_when_all_processes_of_a_run_are_killed(kind: str, paren
     finally:
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patiently(60)
     # a process that ends has no command line any more when it closes its sockets
     while left := [
         *parent.iterdir(),

@@ -15,18 +15,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .patience import patiently
+from .workspace import birth
+
 PIDFD_GETFD = 438
 """Number of the system call; it is the same on all processors that are not older than it."""
 
+ENDED = 60.0
+"""Seconds in which a process that was killed ends."""
+
 REAPED = 1.0
-"""Seconds in which whoever is the parent reaps a process; if it does not, libvirt waits."""
+"""Seconds in which whoever is the parent reaps it then; if it does not, libvirt waits."""
 
 
 def kill(pid: int) -> None:
-    """``kill -9``; returns when there is no process of that id any more.
+    """``kill -9``; returns when that process has ended, and as a rule when it was reaped.
 
-    Raises ProcessLookupError if there was none.
+    Raises ProcessLookupError if there was none, TimeoutError.
     """
+    born = birth(pid)
     with contextlib.ExitStack() as kept:
         for each in _sockets(pid):
             kept.callback(os.close, each)
@@ -34,6 +41,11 @@ def kill(pid: int) -> None:
         try:
             os.waitpid(pid, 0)
         except ChildProcessError:  # reaped already, or not by us
+            deadline = time.monotonic() + patiently(ENDED)
+            while born is not None and birth(pid) == born:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"process {pid} was killed, and goes on") from None
+                time.sleep(0.002)
             deadline = time.monotonic() + REAPED
             while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
                 time.sleep(0.002)

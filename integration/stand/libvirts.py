@@ -310,7 +310,7 @@ class Daemon(Client):
                 start_new_session=True,
             )
         self.workspace.record(self._process.pid)
-        deadline = time.monotonic() + patiently(20)
+        deadline = time.monotonic() + patiently(60)
         while True:
             # The socket is there a moment before it is listened to.
             with contextlib.suppress(ConnectionFailed):

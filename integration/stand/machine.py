@@ -236,7 +236,7 @@ class Machine:
 
     def gone(self) -> None:
         """Wait until libvirt knows that the machine's QEMU was killed."""
-        deadline = time.monotonic() + patiently(10)
+        deadline = time.monotonic() + patiently(60)
         while self.domain.isActive():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"libvirt has not noticed that {self.name} was killed")

@@ -1,14 +1,38 @@
-"""The TCP ports that a process listens on, as the kernel knows them."""
+"""TCP ports: one to listen on, and those that a process listens on, as the kernel knows them."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 _LISTEN = "0A"
+
+_kept: list[socket.socket] = []
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface for a server; nobody else is given it while we live.
+
+    It stays bound.  The kernel gives such a one neither to another who asks for any port nor to a
+    client (which could reach itself on it: then it would seem that somebody listens); but a server
+    that asks for it with SO_REUSEADDR, as libvirt, QEMU and sshd do, may listen on it.
+    """
+    kept = socket.socket()
+    _kept.append(kept)
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    port: int = kept.getsockname()[1]
+    return port
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens on a port of the loopback interface."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def listening(pid: int) -> set[int]:

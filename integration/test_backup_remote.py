@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from integration.stacks.remote import Remote, free_port, listens
+from integration.ports import free_port, listens
+from integration.stacks.remote import Remote
 from integration.stacks.table import Cell
 from integration.test_backup import disk_in
 from integration.test_remote import command, elsewhere, on_debian11, reading, tracked

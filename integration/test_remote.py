@@ -17,10 +17,10 @@ from ckptmgr.plan.request import ReadDisk, ReadRequest
 from ckptmgr.plan.steps import TcpServer
 from integration.command import CommandLine
 from integration.conftest import MakeMachine
-from integration.ports import listening, watched
+from integration.ports import free_port, listening, listens, watched
 from integration.stacks import RELEASES
 from integration.stacks.fixtures import Stacks
-from integration.stacks.remote import TRANSPORTS, Remote, free_port, listens, remote
+from integration.stacks.remote import TRANSPORTS, Remote, remote
 from integration.stacks.table import Cell
 from integration.stand import DiskSpec, Machine
 from integration.stand.certificates import make_certificates

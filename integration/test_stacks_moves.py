@@ -6,9 +6,9 @@ import libvirt
 import pytest
 
 from integration.conftest import MakeMachine
+from integration.ports import free_port
 from integration.stacks import Stack
 from integration.stacks.fixtures import Stacks
-from integration.stacks.remote import free_port
 from integration.stacks.table import Cell
 from integration.stand import DiskSpec, Guest, Machine
 from integration.tracked import (

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import shlex
 import signal
-import socket
 import subprocess
 import time
 import uuid
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from integration.ports import free_port
 from integration.stand import StandError, Workspace
 from integration.stand.accel import domain_type
 from integration.stand.patience import patiently
@@ -111,7 +111,7 @@ class Host:
         self.lan = lan
         self._workspace = workspace
         self._folder = workspace.folder("h")
-        self._port = _free_port()
+        self._port = free_port()
         self._ssh: subprocess.Popen[bytes] | None = None
         key = self._folder / "key"
         _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", key])
@@ -275,13 +275,6 @@ class Host:
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(signal.SIGKILL)
                 process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _run(command: Sequence[str | Path]) -> None:

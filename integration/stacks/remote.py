@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from integration.ports import free_port, listens
 from integration.stand import StandError
 from integration.stand.certificates import make_certificates
 from integration.stand.patience import patiently
@@ -35,20 +35,6 @@ exec ssh -F none -i {folder}/user -o IdentitiesOnly=yes -o IdentityAgent=none -o
     -o StrictHostKeyChecking=yes -o UserKnownHostsFile={folder}/known_hosts \
     -o GlobalKnownHostsFile=/dev/null "$@"
 """
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody uses just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def listens(port: int) -> bool:
-    """Whether somebody listens on a port of the loopback interface."""
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Remote:

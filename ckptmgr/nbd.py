@@ -13,6 +13,8 @@ a server may take with a block status request (NBD's doc/proto.md):
 from __future__ import annotations
 
 import contextlib
+import os
+import socket as sockets
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +51,7 @@ ANSWER_TIMEOUT = 60.0
 """Seconds for the server to answer a request."""
 
 _FAREWELL = 2.0
+_HEARD = 30.0
 
 # ENOENT: no socket, or no such export.  A qemu-nbd that cannot open its image has its socket
 # before it finds that out; `check` then tells why.
@@ -178,9 +181,7 @@ def connect(
         else:
             handle.add_meta_context(context)
         try:
-            _begin(handle, server)
-            while not handle.aio_is_ready():
-                poll(handle, deadline, disk)
+            _negotiate(handle, server, deadline, disk)
         except nbd.Error as error:
             if error.errnum in (EACCES, EPERM):
                 raise OperationFailed(
@@ -209,6 +210,33 @@ def attempt(socket: str, disk: str, check: Callable[[], None]) -> None:
         raise OperationFailed(
             f"the NBD server of disk {disk} cannot be reached: {error.string}"
         ) from error
+
+
+def _negotiate(handle: nbd.NBD, server: Server, deadline: float, disk: str) -> None:
+    try:
+        _begin(handle, server)
+        while not handle.aio_is_ready():
+            poll(handle, deadline, disk)
+    except BaseException:
+        _hang_up(handle)
+        raise
+
+
+def _hang_up(handle: nbd.NBD) -> None:
+    """End a negotiation, however far it is, and wait until the server has heard that.
+
+    When QEMU is told to stop its server it waits for a client that has not negotiated yet, without
+    listening to it (7.2): the whole of QEMU, and with it the guest, would stand still for ever.
+    """
+    try:
+        descriptor = os.dup(handle.aio_get_fd())
+    except nbd.Error:
+        return  # there is no connection
+    with contextlib.suppress(OSError), sockets.socket(fileno=descriptor) as connection:
+        connection.settimeout(_HEARD)
+        connection.shutdown(sockets.SHUT_WR)
+        while connection.recv(4096):
+            pass
 
 
 def _begin(handle: nbd.NBD, server: Server) -> None:

@@ -236,6 +236,8 @@ class Session:
             from ..engine.monitor import listening
             from ..plan.steps import BackupEnd, NbdStop, ScratchRemove
 
+            # Whoever was killed may have been QEMU's client until just now: asked first, it knows.
+            listening(space.socket)
             self.engine(EngineName.LIBVIRT).run((BackupEnd(space.socket),))
             if listening(space.socket) or space.scratch_files():
                 # Not libvirt's, whose job takes its files along: made through the monitor.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import sys
+import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from ckptmgr.engine.qemu_img import image_name
 from integration.conftest import MakeMachine
 from integration.devices import loop_device, other_node
 from integration.stand import Daemon, DiskSpec, Machine, rounded
+from integration.stand.patience import patiently
 from integration.test_backup import Backups, modes
 
 MIB = 1 << 20
@@ -147,6 +151,30 @@ def test_a_device_that_another_node_was_opened_of_is_in_use(
                 domain.delete("full")
             assert "image-in-use" in [each.code for each in domain.check()]
         assert device.read_bytes() == before
+
+
+def test_a_device_is_held_until_the_last_thread_of_a_process_has_ended(
+    device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is killed may still write when its first thread is gone."""
+    monkeypatch.setattr(devices, "PASSING", 0.1)
+    program = """
+        import ctypes, os, sys, threading
+        os.open(sys.argv[1], os.O_RDWR)
+        threading.Thread(target=sys.stdin.read).start()
+        ctypes.CDLL(None).pthread_exit(None)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), device]
+    number = device.stat().st_rdev
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        first = Path(f"/proc/{process.pid}/stat")
+        deadline = time.monotonic() + patiently(20)
+        while first.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline, "its first thread goes on"
+            time.sleep(0.02)
+        assert devices.is_held(number)
+        assert devices.is_held(number, writing=True)
+    assert not devices.is_held(number, writing=True)
 
 
 @pytest.mark.parametrize("ended", [True, False])

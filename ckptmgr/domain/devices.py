@@ -6,6 +6,7 @@ QEMU's locks do not tell: a lock belongs to the node that was opened, and libvir
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -63,20 +64,37 @@ def _look(device: int, *, writing: bool) -> tuple[bool, bool]:
     for process in _names(_PROCESSES):
         if not process.isdigit() or int(process) == os.getpid():
             continue
-        folder = f"{_PROCESSES}/{process}/fd"
         try:
-            links = _names(folder)
+            links = _descriptors(process)
         except PermissionError:
             unseen = True
             continue
         except OSError:
             continue  # it has ended
-        if any(_opens(Path(folder, name), device, writing=writing) for name in links):
+        if any(_opens(link, device, writing=writing) for link in links):
             return True, unseen
     return False, unseen
 
 
-def _names(folder: str) -> list[str]:
+def _descriptors(process: str) -> list[Path]:
+    """What a process has open.  Raises OSError.
+
+    The first thread of one that was killed may be gone, and have nothing open any more, while
+    another one still has to finish what it writes.
+    """
+    folder = Path(_PROCESSES, process)
+    found = _names(folder / "fd")
+    if found:
+        return [folder / "fd" / name for name in found]
+    links: list[Path] = []
+    for thread in _names(folder / "task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            there = folder / "task" / thread / "fd"
+            links += [there / name for name in _names(there)]
+    return links
+
+
+def _names(folder: str | Path) -> list[str]:
     with os.scandir(folder) as entries:
         return [entry.name for entry in entries]
 

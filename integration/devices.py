@@ -36,4 +36,4 @@ def other_node(device: Path, folder: Path) -> Iterator[Path]:
         os.mknod(node, 0o600 | stat.S_IFBLK, device.stat().st_rdev)
         yield node
     finally:
-        subprocess.run(["umount", there], check=True)
+        subprocess.run(["umount", "--lazy", there], check=True)

@@ -189,7 +189,7 @@ def test_a_signal_ends_it_at_once_and_nothing_is_left(
     before = everything(vm.machine, vm.store)
     with vm.copying() as process:
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=patiently(60))
         assert process.returncode == status, said
         assert "Traceback" not in said
     after = everything(vm.machine, vm.store)
@@ -221,7 +221,7 @@ def test_the_domain_ends_in_the_middle(
     vm = disturbed(engine)
     with vm.copying() as process:
         how(vm)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=patiently(120))
         assert process.returncode == 1, said
         assert "Traceback" not in said
         (message,) = [line for line in said.splitlines() if line.startswith("ckptmgr: error: ")]
@@ -258,7 +258,7 @@ def test_libvirtd_is_killed_in_the_middle(
         daemon.stop(kill=True)
         try:
             process.send_signal(signal.SIGCONT)
-            _, said = process.communicate(timeout=120)
+            _, said = process.communicate(timeout=patiently(120))
         finally:
             daemon.start()
             vm.machine.domain = daemon.handle.lookupByName(vm.machine.name)
@@ -281,7 +281,7 @@ def test_the_domain_is_not_migrated_meanwhile(disturbed: MakeDisturbed, tmp_path
         assert refused.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=patiently(60))
     vm.goes_on()
 
 
@@ -307,7 +307,7 @@ def test_others_wait_or_are_told_that_it_is_busy(disturbed: MakeDisturbed, tmp_p
         assert ours("points", vm.repository).status == 0
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=patiently(60))
     vm.goes_on()
 
 
@@ -326,7 +326,7 @@ def test_two_backups_at_once_come_one_after_the_other(
         for number, repository in enumerate(repositories)
     ]
     for process in running:
-        _, said = process.communicate(timeout=300)
+        _, said = process.communicate(timeout=patiently(150))
         assert process.returncode == 0, said
     line = {
         point.name: point

@@ -24,6 +24,7 @@ from integration.evidence import domain_of, everything
 from integration.fake_agent import FakeAgent, Guest, Refused
 from integration.stand import MIB, Daemon, DiskSpec, Machine
 from integration.stand.guest import Guest as LinuxGuest
+from integration.stand.patience import patiently
 from integration.test_backup import Backups, disk_in
 
 PATIENT = 60.0
@@ -224,12 +225,12 @@ def test_a_guest_that_is_frozen_because_of_us_is_thawed_after_a_kill(
     done = subprocess.run(
         [sys.executable, "-c", FROZEN, *where, "yes" if guarded else "no"],
         check=False,
-        timeout=120,
+        timeout=patiently(120),
     )
     assert done.returncode == -signal.SIGKILL
     assert vm.agent.commands[0] == "freeze"
     if guarded:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patiently(60)
         while vm.agent.frozen:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -310,7 +311,9 @@ def test_a_domain_that_stands_still_because_of_us_runs_again_after_a_kill(
     first = vm.take("first")
     vm.scatter(1)
     words = [machine.uri, str(vm.store), machine.name, str(vm.repository)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *words], check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *words], check=False, timeout=patiently(120)
+    )
     assert done.returncode == -signal.SIGKILL
     assert stands_still(machine)
     vm.scatter(2)

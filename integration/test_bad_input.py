@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,11 +164,9 @@ def _documents(place: Place) -> dict[str, str | bytes]:
 
 def test_redefine_refuses_what_is_no_checkpoint(place: Place) -> None:
     for what, document in _documents(place).items():
-        started = time.monotonic()
         command = ("redefine", place.machine.name, place.file(document))
         message = place.refused(1, "invalid-document", *command)
         assert len(message) < 500, what
-        assert time.monotonic() - started < patiently(20), what
 
 
 def test_redefine_reads_no_other_file(place: Place) -> None:

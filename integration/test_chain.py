@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ckptmgr import qcow2
 from ckptmgr.domain.chain import ask, read_here
 from ckptmgr.domain.images import read_header
 from ckptmgr.errors import OperationFailed
+from integration.stand import await_greeting
 
 run = functools.partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
 
@@ -136,11 +136,7 @@ def test_a_raw_image_is_never_looked_into(tmp_path: Path) -> None:
 
 
 def in_use(path: Path) -> bool:
-    """Whether all bitmaps are marked so in the image.
-
-    While QEMU marks them the image has none: it takes the feature's bit away first, and sets it
-    again after (block/qcow2-bitmap.c, update_ext_header_and_dir_in_place).
-    """
+    """Whether all bitmaps are marked so in the image."""
     here = read_here(str(path), "qcow2")
     if here is None or not here[0].bitmaps:
         return False
@@ -152,9 +148,8 @@ def test_bitmaps_of_an_image_that_is_open_or_was_left_open(tmp_path: Path) -> No
     socket = tmp_path / "nbd"
     with subprocess.Popen(["qemu-nbd", "-fqcow2", "-t", f"-k{socket}", str(path)]) as server:
         try:
-            while not in_use(path):
-                assert server.poll() is None
-                time.sleep(0.01)
+            await_greeting(socket, server)
+            assert in_use(path)
             assert read_here(str(path), "qcow2") == ask(str(path), "qcow2")
         finally:
             server.kill()

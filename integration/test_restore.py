@@ -21,6 +21,7 @@ from ckptmgr.domain.locks import is_being_written
 from ckptmgr.store import files
 from integration.conftest import MakeMachine
 from integration.stand import DiskSpec, Machine
+from integration.stand.patience import patiently
 from integration.test_backup import Backups
 
 MIB = 1 << 20
@@ -377,7 +378,7 @@ def test_what_would_do_harm_in_place_is_refused(tracked: Backups) -> None:
         ["qemu-io", "-f", "qcow2", "-c", "sleep 600000", str(path)], stdin=subprocess.PIPE
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patiently(60)
         while not is_being_written(str(path)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -499,4 +500,4 @@ def test_in_place_on_a_full_file_system_keeps_the_images(
         assert_consistent(backups)
         backups.machine.destroy()
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", "--lazy", small], check=True)

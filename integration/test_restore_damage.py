@@ -205,7 +205,7 @@ def mounted(folder: Path, size: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_full_file_system_keeps_what_it_has(catalogue: Catalogue, tmp_path: Path) -> None:

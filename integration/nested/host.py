@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from integration.ports import free_port
+from integration.stacks.build import PAUSE, TRIES
 from integration.stand import StandError, Workspace
 from integration.stand.accel import domain_type
 from integration.stand.patience import patiently
@@ -50,12 +51,16 @@ class Image:
 
         Raises StandError where that fails; why has been printed then.
         """
-        apart = [*_WITH_US, str(CHECKOUT / "vagrant/build-image.sh")]
-        done = subprocess.run(
-            apart, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False
-        )
-        if done.returncode:
-            raise StandError("the image of the host cannot be built")
+        build = [*_WITH_US, str(CHECKOUT / "vagrant/build-image.sh")]
+        for again in reversed(range(TRIES)):
+            done = subprocess.run(
+                build, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False
+            )
+            if done.returncode == 0:
+                break
+            if not again:
+                raise StandError("the image of the host cannot be built")
+            time.sleep(PAUSE)
         folder = Path(done.stdout.strip())
         hold = folder.with_name(f"{folder.name}.lock").open()
         fcntl.flock(hold, fcntl.LOCK_SH)

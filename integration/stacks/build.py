@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,11 @@ ACCOUNTS = {
 }
 
 TIMEOUT = 1200
+
+TRIES, PAUSE = 3, 10.0
+"""How often what comes over the network is fetched until it is there, and the seconds between: a
+mirror may close a connection.
+"""
 
 
 @dataclass(frozen=True)
@@ -115,14 +121,25 @@ def _build(name: str) -> None:
         if built(name) is None:
             for left in cache().glob(f".{name}-*"):
                 shutil.rmtree(left)
-            folder = Path(tempfile.mkdtemp(dir=cache(), prefix=f".{name}-"))
-            try:
-                _make(name, folder)
-                if (cache() / name).exists():
-                    (cache() / name).rename(folder / "old")
-                (folder / "new").rename(cache() / name)
-            finally:
-                shutil.rmtree(folder)
+            for again in reversed(range(TRIES)):
+                try:
+                    _build_once(name)
+                    break
+                except StandError:
+                    if not again:
+                        raise
+                time.sleep(PAUSE)
+
+
+def _build_once(name: str) -> None:
+    folder = Path(tempfile.mkdtemp(dir=cache(), prefix=f".{name}-"))
+    try:
+        _make(name, folder)
+        if (cache() / name).exists():
+            (cache() / name).rename(folder / "old")
+        (folder / "new").rename(cache() / name)
+    finally:
+        shutil.rmtree(folder)
 
 
 def _require() -> None:
@@ -147,6 +164,7 @@ def _make(name: str, folder: Path) -> None:
     # by apt: debootstrap itself, given these packages, unpacks trixie's in an impossible order
     install = ["chroot", str(root), "apt-get", "install", "--yes", "--quiet"]
     install += ["--no-install-recommends", "-o", "Dpkg::Options::=--force-unsafe-io"]
+    install += ["-o", "Acquire::Retries=5"]  # bullseye's has none by itself
     _run(name, root, [*install, *PACKAGES], [f"--mount-proc={root}/proc"])
     _complete(root)
     stamp = {"recipe": _recipe(name), "versions": _versions(root)}

@@ -27,10 +27,8 @@ from integration.stand.patience import patiently
 from integration.test_backup import Backups, disk_in
 
 DISKS = (DiskSpec("vda", size=16 * MIB), DiskSpec("vdb", size=8 * MIB))
-SLOW = MIB
-"""Bytes a second: half a minute for these disks, of which no test waits for the end."""
-SLOWER = MIB // 4
-"""For what takes half a minute itself, or several commands on a machine with much to do."""
+SLOW = MIB // 4
+"""Bytes a second: a minute and a half for these disks, of which no test waits for the end."""
 
 
 class Disturbed(Backups):
@@ -58,10 +56,10 @@ class Disturbed(Backups):
         return ours.start(*engine, *words, program=program)
 
     @contextlib.contextmanager
-    def copying(self, limit: int = SLOW) -> Iterator[subprocess.Popen[str]]:
+    def copying(self) -> Iterator[subprocess.Popen[str]]:
         """A process that is in the middle of a slow backup."""
-        with ended(self.begun("--limit", str(limit))) as process:
-            until(lambda: self.copied() > MIB // 2 or process.poll() is not None)
+        with ended(self.begun("--limit", str(SLOW))) as process:
+            until(lambda: self.copied() > MIB // 4 or process.poll() is not None)
             assert process.poll() is None, process.communicate()
             yield process
 
@@ -271,7 +269,7 @@ def test_libvirtd_is_killed_in_the_middle(
 def test_the_domain_is_not_migrated_meanwhile(disturbed: MakeDisturbed, tmp_path: Path) -> None:
     """libvirt waits half a minute, and then refuses; the backup is not disturbed."""
     vm = disturbed()
-    with vm.copying(SLOWER) as process:
+    with vm.copying() as process:
         destination = f"qemu+unix:///system?socket={tmp_path}/nobody"
         flags = (
             libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER | libvirt.VIR_MIGRATE_UNSAFE
@@ -294,7 +292,7 @@ def test_others_wait_or_are_told_that_it_is_busy(disturbed: MakeDisturbed, tmp_p
     settings.write_text("lock_timeout = 0.5\n")
     ours = CommandLine(vm.machine.stand, vm.store, settings=settings)  # type: ignore[arg-type]
     name = vm.machine.name
-    with vm.copying(SLOWER) as process:
+    with vm.copying() as process:
         for words in (
             ("backup", name, vm.repository),
             ("backup", name, tmp_path / "elsewhere"),

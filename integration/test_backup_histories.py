@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ckptmgr.backup.block import BLOCK
 from ckptmgr.backup.manifest import Manifest
 from integration.conftest import MakeMachine
 from integration.stand import MIB, DiskSpec, Embedded, Machine
+from integration.stand.patience import patiently
 from integration.test_backup import Backups
 
 SEEDS = 6
@@ -227,6 +229,11 @@ class History:
         if PLUGGED in self.disks:
             self.machine.hmp(f'qemu-io -d {self._device(PLUGGED)} "flush"')
             self.machine.domain.detachDeviceFlags(self._plugged(), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            # libvirt waits for QEMU for five seconds only
+            deadline = time.monotonic() + patiently(60)
+            while "ua-plugged" in self.machine.domain.XMLDesc():
+                assert time.monotonic() < deadline, "the disk is not unplugged"
+                time.sleep(0.02)
             del self.disks[PLUGGED]
 
     def snapshot(self) -> None:

@@ -12,12 +12,14 @@ import ckptmgr
 from integration.stand import MIB, DiskSpec, Guest, Stand, rounded
 
 GRANULARITY = 65536
+SIZE = 1024 * MIB
 
 
 @pytest.fixture
 def guest(local: Stand) -> Iterator[Guest]:
-    """Linux with a qcow2 disk and one on a backing file."""
-    with Guest(local, (DiskSpec("vda"), DiskSpec("vdb", backing=("qcow2",)))) as guest:
+    """Linux with a large qcow2 disk and one on a backing file."""
+    disks = (DiskSpec("vda", size=SIZE), DiskSpec("vdb", backing=("qcow2",)))
+    with Guest(local, disks) as guest:
         yield guest
 
 
@@ -46,7 +48,7 @@ def test_diff_is_exactly_what_the_guest_wrote_between_checkpoints(
                 for disk in diff.disks:
                     expected = [each for some in written[start:end] for each in some[disk.name]]
                     assert disk.known
-                    assert disk.extents() == rounded(expected, GRANULARITY)
+                    assert disk.extents() == rounded(expected, GRANULARITY, SIZE)
 
 
 @pytest.mark.thorough
@@ -63,7 +65,8 @@ def test_checkpoints_during_writes_miss_none_and_cut_between_two(
     with ckptmgr.connect(guest.machine.uri, store=tmp_path / "store") as host:
         domain = host.domain(guest.machine.name)
         domain.create("c0")
-        guest.shell.churn("vda", GRANULARITY, 1000)
+        # more than it gets to, however late we look
+        guest.shell.churn("vda", GRANULARITY, SIZE // GRANULARITY)
         for number in range(1, 6):
             guest.shell.wait_churned((cuts[-1][1] if cuts else 0) + 12)
             before = guest.shell.churned[-1]

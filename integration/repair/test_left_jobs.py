@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from ckptmgr.checkpoint import Checkpoint, CheckpointDisk, EngineName, State
 from ckptmgr.document import format_libvirt
+from ckptmgr.engine.monitor import listening
 from ckptmgr.store import Intent, Store
 from integration.evidence import bitmaps
 
@@ -81,8 +81,7 @@ def test_a_job_of_somebody_else_is_left_alone(scene: Scene) -> None:
     try:
         assert scene.codes() == set()
         assert scene.domain.repair(foreign=True) == ()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.connect(path)
+        assert listening(path)
     finally:
         scene.machine.domain.abortJob()
 

@@ -209,6 +209,27 @@ def test_our_own_reverts_are_left_alone(scene: Branches) -> None:
     sound(scene)
 
 
+def test_our_own_revert_to_a_state_that_was_off_is_over_at_the_next_start(scene: Branches) -> None:
+    """libvirt ends the QEMU that runs, as for a revert that goes on, and starts none."""
+    scene.machine.stop()
+    scene.snapshot("off")
+    scene.machine.start()
+    scene.find()
+    scene.scatter(1)
+    scene.create("c1")
+    scene.scatter(2)
+    made = scene.revert("off")
+    assert scene.state() == "stopped"
+    scene.scatter(3)
+    recording = bitmaps(scene.machine)
+    scene.machine.start()
+    scene.find()
+    assert bitmaps(scene.machine) == recording != set()
+    scene.scatter(4)
+    assert scene.between(made.name, None)[1] is False
+    sound(scene)
+
+
 def test_without_the_hook_the_same_revert_ends_the_machine(scene: Branches, daemon: Daemon) -> None:
     scene.begin()
     uninstall(HOOKS)

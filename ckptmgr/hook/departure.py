@@ -27,7 +27,7 @@ from ..errors import BitmapBroken, Busy, InvalidDocument, OperationFailed
 from ..history import History
 from ..marker import Marker, parse_marker
 from ..plan.steps import Export, ImageBitmap
-from ..store import DomainStore, Loaded
+from ..store import DomainStore, Loaded, files
 from ..tails import left_at
 from ..trust import doubt
 from ..xml import NAMESPACE, parse
@@ -81,6 +81,22 @@ def leave(store: DomainStore, start: Start) -> str | None:
             return None  # our own revert, which has done all this
         loaded = store.load()
         return _leave(store, loaded, marker, disks, before, deadline)
+
+
+def is_over(store: DomainStore) -> None:
+    """Under the lock: a revert of ours is over, and the next start does not belong to it.
+
+    Where it was to a state in which the domain was off, or has failed, libvirt has ended QEMU and
+    started none, and what the script noted of that is there yet.  Raises StoreFailed.
+    """
+    note = store.path / STOPPED
+    try:
+        text = note.read_bytes()
+    except OSError:  # there is none, or nobody can read it
+        return
+    noted = f"{How.REVERT}\n".encode()
+    if text.startswith(noted):
+        files.write(note, f"{How.STOP}\n".encode() + text.removeprefix(noted))
 
 
 def _marker(root: etree._Element) -> Marker | None:

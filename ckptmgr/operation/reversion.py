@@ -31,6 +31,7 @@ from ..domain import snapshots
 from ..domain.power import Standstill, is_running, standstill
 from ..errors import CkptmgrError, Unsupported
 from ..history import History
+from ..hook.departure import is_over
 from ..plan.steps import Direct, Plan, Step
 from ..snapshot import Kind, Snapshot
 from ..store import Intent, Loaded
@@ -335,6 +336,7 @@ def _record(
     paused = standstill(session.adapter).instance if runs and session.active else None
     record = replace(loaded.record, paused=paused)
     record = session.commit_current(replace(loaded.history, current=name), record)
+    is_over(session.store)
     session.store.clear_intent()
     go_on(session, replace(loaded, record=record))
     session.sweep()

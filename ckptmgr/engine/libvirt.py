@@ -43,8 +43,8 @@ NO_DOMAIN_BACKUP = 104  # virErrorNumber
 _BEGINNING_TEXT = "backup job data missing"
 _BEGINNING = "(beginning)"
 _STUCK = (
-    "try again; if this lasts, libvirt itself was killed while it began a backup job, and only "
-    "a restart of the domain ends that"
+    "try again; if this lasts, libvirt itself was killed while it began a backup job: shut the "
+    "domain off, restart libvirt's daemon, and start the domain"
 )
 
 

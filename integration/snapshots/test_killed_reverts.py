@@ -13,8 +13,9 @@ import pytest
 from integration import block_jobs
 from integration.branch_model import Branches
 from integration.conftest import MakeMachine
-from integration.kill import END, Task, Warm
-from integration.stand import Daemon, Workspace
+from integration.kill import END, Outcome, Task, Warm
+from integration.kill.scene import await_orphans, orphans
+from integration.stand import Daemon, Workspace, await_rest
 
 from .scene import DISKS, SNAPSHOTS
 
@@ -32,6 +33,16 @@ def _task(scene: Branches, operation: str, point: int, **arguments: object) -> T
         point=point,
         steps_only=not os.environ.get("CKPTMGR_TEST_AT_LEISURE"),
     )
+
+
+def _killed(daemon: Daemon, warm: Warm, task: Task) -> Outcome:
+    """Run a task that is killed; what it had asked of others, and begun, is over then."""
+    before = orphans()
+    outcome = warm.run(task)
+    assert outcome.status == -signal.SIGKILL, outcome.error
+    await_orphans(before)
+    await_rest(daemon.pid)
+    return outcome
 
 
 @pytest.fixture
@@ -69,8 +80,7 @@ def test_a_revert_that_was_killed_at_each_step(
     for point in itertools.count(1):
         scene.scatter(2 + point)
         left = str(scene.at)
-        outcome = warm.run(_task(scene, "revert_snapshot", point, name="s1"))
-        assert outcome.status == -signal.SIGKILL, outcome.error
+        outcome = _killed(daemon, warm, _task(scene, "revert_snapshot", point, name="s1"))
         tried.append(outcome.struck)
         scene.domain.diff("c1")
         made = _branched(scene, "s1")
@@ -110,8 +120,7 @@ def test_a_revert_to_an_image_that_has_left_is_killed_while_bitmaps_are_taken_ou
             block_jobs.copy(scene.machine, "vda")
             scene.find()
         scene.scatter(1 + point)
-        outcome = warm.run(_task(scene, "revert_snapshot", point, name="s1"))
-        assert outcome.status == -signal.SIGKILL, outcome.error
+        outcome = _killed(daemon, warm, _task(scene, "revert_snapshot", point, name="s1"))
         tried.append(outcome.struck)
         scene.domain.diff("c1")
         made = _branched(scene, "s1")
@@ -142,8 +151,7 @@ def test_a_snapshot_with_a_checkpoint_that_was_killed_at_each_step(
         scene.scatter(point)
         name = f"s{point}"
         task = _task(scene, "create_snapshot", point, name=name, checkpoint=True)
-        outcome = warm.run(task)
-        assert outcome.status == -signal.SIGKILL, outcome.error
+        outcome = _killed(daemon, warm, task)
         where = f"killed {outcome.struck}, point {point}"
         scene.domain.diff("c1")
         new = {each.name for each in scene.domain.checkpoints().checkpoints} - set(scene.points)

@@ -15,18 +15,21 @@ _STATUS = (0x2A << 1) | 1
 
 def runs(accelerator: str, seconds: float) -> bool:
     """Whether a guest of a few instructions runs to its end on `accelerator` within `seconds`."""
-    with tempfile.NamedTemporaryFile(prefix="ckptmgr-boot-") as sector:
+    with tempfile.TemporaryFile() as sector:  # without a name: nothing is left if we are killed
         sector.write(_SECTOR.ljust(1 << 16, b"\0"))
         sector.flush()
-        command = ["qemu-system-x86_64", "-accel", accelerator, "-machine", "pc", "-m", "16"]
+        file = f"/proc/self/fd/{sector.fileno()}"
+        command = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
+        command += ["-accel", accelerator, "-machine", "pc", "-m", "16"]
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
-        command += ["-drive", f"file={sector.name},format=raw,if=ide,readonly=off"]
+        command += ["-drive", f"file={file},format=raw,if=ide,readonly=off"]
         try:
             done = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
+                pass_fds=(sector.fileno(),),
                 timeout=seconds,
                 check=False,
             )

@@ -91,7 +91,8 @@ def push(machine: Machine, target: Path, since: str | None = None) -> Cost:
 
 def virtnbdbackup(machine: Machine, target: Path, level: str, *options: str) -> Cost:
     """A copy by Debian's virtnbdbackup; level: copy, full, inc."""
-    with Meter(machine.pid, environment=machine.stand.environment()) as meter:
+    environment = {**machine.stand.environment(), **_logs_in(machine.folder)}
+    with Meter(machine.pid, environment=environment) as meter:
         command = ["virtnbdbackup", "-U", machine.uri, "-d", machine.name, "-l", level]
         places = ["-S", str(machine.folder), "-f", str(machine.folder / "virtnbd.sock")]
         meter.run(*command, "-n", *options, *places, "-o", target)
@@ -127,10 +128,15 @@ def nbdcopy_image(image: Path, target: Path) -> Cost:
 
 def virtnbdrestore(copies: Path, target: Path) -> Cost:
     """What virtnbdbackup copied, got back by its own tool."""
-    with Meter() as meter:
+    with Meter(environment=_logs_in(target)) as meter:
         places = ("-i", copies, "-o", target, "-L", target / "log", "-f", target / "sock")
         meter.run("virtnbdrestore", "-n", *places)
     return meter.cost
+
+
+def _logs_in(folder: Path) -> dict[str, str]:
+    """Where virtnbdbackup is to leave what its qemu-nbd and qemu-img say."""
+    return {"TMPDIR": str(folder)}
 
 
 def _until_over(domain: libvirt.virDomain) -> None:

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import libvirt
 import pytest
-from hypothesis import settings
 
 from ckptmgr.domain.adapter import DomainAdapter
 from ckptmgr.errors import Unsupported
@@ -52,11 +51,6 @@ from integration.stand import (
 )
 
 __all__ = ["cell", "stack", "stacks"]
-
-# A machine may be slow and shared: no deadlines; and in CI the same examples in every run.
-settings.register_profile("ci", deadline=None, derandomize=True)
-settings.register_profile("default", deadline=None)
-settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 MakeMachine = Callable[..., Machine]
 

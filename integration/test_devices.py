@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +14,8 @@ from ckptmgr.domain import devices
 from ckptmgr.engine.qemu_img import image_name
 from integration.conftest import MakeMachine
 from integration.devices import loop_device, other_node
+from integration.first_thread import without_first_thread
 from integration.stand import Daemon, DiskSpec, Machine, rounded
-from integration.stand.patience import patiently
 from integration.test_backup import Backups, modes
 
 MIB = 1 << 20
@@ -158,20 +155,8 @@ def test_a_device_is_held_until_the_last_thread_of_a_process_has_ended(
 ) -> None:
     """One that is killed may still write when its first thread is gone."""
     monkeypatch.setattr(devices, "PASSING", 0.1)
-    program = """
-        import ctypes, os, sys, threading
-        os.open(sys.argv[1], os.O_RDWR)
-        threading.Thread(target=sys.stdin.read).start()
-        ctypes.CDLL(None).pthread_exit(None)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program), device]
     number = device.stat().st_rdev
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-        first = Path(f"/proc/{process.pid}/stat")
-        deadline = time.monotonic() + patiently(20)
-        while first.read_text().rpartition(")")[2].split()[0] != "Z":
-            assert time.monotonic() < deadline, "its first thread goes on"
-            time.sleep(0.02)
+    with without_first_thread(device):
         assert devices.is_held(number)
         assert devices.is_held(number, writing=True)
     assert not devices.is_held(number, writing=True)

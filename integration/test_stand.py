@@ -16,6 +16,7 @@ import libvirt
 import pytest
 
 from integration.conftest import MakeMachine
+from integration.first_thread import without_first_thread
 from integration.stand import (
     MIB,
     Daemon,
@@ -230,21 +231,9 @@ def test_a_run_that_was_killed_is_cleared_away_by_the_next(parent: Path) -> None
 
 def test_a_process_has_not_ended_before_its_last_thread() -> None:
     """A server that is killed has its image locked until then."""
-    program = """
-        import ctypes, sys, threading
-        threading.Thread(target=sys.stdin.read).start()
-        ctypes.CDLL(None).pthread_exit(None)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    stat = Path(f"/proc/{process.pid}/stat")
-    deadline = time.monotonic() + patiently(20)
-    while stat.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline, "its first thread goes on"
-        time.sleep(0.02)
-    assert birth(process.pid) is not None
-    process.communicate()
-    assert birth(process.pid) is None
+    with without_first_thread() as process:
+        assert birth(process) is not None
+    assert birth(process) is None
 
 
 @pytest.mark.parametrize("kind", ["Embedded", "Daemon"])

@@ -248,8 +248,8 @@ class Scene:
 
     def restart(self, victim: Victim) -> None:
         """Bring back who was killed: libvirtd, or the machine where it died."""
-        self._libvirt_was_killed = victim is Victim.LIBVIRTD
         if victim is Victim.LIBVIRTD:
+            self._libvirt_was_killed = True
             self.daemon.stop(kill=True)
             self.daemon.start()
             self.connect()
@@ -258,12 +258,15 @@ class Scene:
                 self.daemon.stop()
                 self.daemon.start()
                 self.connect()
-                self.machine.start()
-                self._look()
+                self._start()
         if victim in (Victim.QEMU, Victim.HOST):
             self.machine.gone()
-            self.machine.start()
-            self._look()
+            self._start()
+
+    def _start(self) -> None:
+        self.machine.start()
+        self._libvirt_was_killed = False
+        self._look()
 
     def _stands_in_a_job(self) -> bool:
         """Whether libvirt was killed when it had noted that a backup job begins, and not yet which.
@@ -367,11 +370,11 @@ class Scene:
         if not self.machine.active:
             return set()
         named = self.machine.qmp("query-named-block-nodes", flat=True)
-        return {node["node-name"] for node in named if not node["file"].endswith(".scratch")}
+        return {node["node-name"] for node in named if not self._is_left(node["file"])}
 
     def _is_left(self, image: str) -> bool:
-        """Whether libvirt left this scratch file in QEMU, being killed just after the job's end and
-        before it had it closed.
+        """Whether this is a scratch file that libvirt left in this QEMU, being killed just after
+        the job's end and before it had it closed.
         """
         return self._libvirt_was_killed and image.endswith(".scratch")
 
